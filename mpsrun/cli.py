@@ -1,0 +1,193 @@
+"""The command line: `mpsrun [options] train.py [args...]`."""
+
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mpsrun import __version__
+from mpsrun.config import MAX_WORKERS, Config
+from mpsrun.errors import UsageError
+from mpsrun.launch.target import Target
+from mpsrun.log import say
+
+HELP = """\
+usage: mpsrun [options] train.py [args...]
+       mpsrun [options] -m package.module [args...]
+
+Runs a PyTorch training script with the independent branches of its network at the same time on one GPU.
+Options before the script are mpsrun's; everything after it is the script's.
+
+  --workers N|auto             worker processes (default auto: at most 3, one core left to the script)
+  --lanes auto|serial|workers  where branches run; workers forces every legal one out of the script's process
+  --mps auto|on|off            CUDA MPS: start or join a daemon, insist on it, or do without
+  --capture auto|off           compile the script's networks in place, or only what asks for backend="mpsrun"
+  --log-dir DIR                keep the workers' logs there
+  --timeout SECONDS            the watchdog of every wait for a worker (default 30)
+  --strict                     raise a worker's error in the script instead of computing its branch there
+  --verbose                    say what was found, refused and why
+  --version, --help
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status, 2 for wrong use."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if _asks_for(words, "--version"):
+            print(f"mpsrun {__version__}")
+            return 0
+        if _asks_for(words, "--help", "-h"):
+            print(HELP, end="")
+            return 0
+        config, target = parse(words)
+        target.check()
+        return _launch(config, target)
+    except UsageError as error:
+        say(str(error))
+        return 2
+
+
+def main_of_child(argv: Sequence[str]) -> int:
+    """Run as one of the processes that the launcher starts, otherwise as the command line."""
+    from mpsrun.launch.family import is_child
+
+    if not is_child(os.environ):
+        return main(argv)
+    role, *args = argv
+    if role == "lead":
+        from mpsrun.launch import lead
+
+        return lead.main(args)
+    if role == "worker":
+        from mpsrun.launch import worker
+
+        return worker.main(args)
+    from mpsrun.launch.family import tie_to_parent
+    from mpsrun.mps import guard
+
+    tie_to_parent(guard.DEATH_SIGNAL)
+    return guard.main(args)
+
+
+def parse(words: Sequence[str]) -> tuple[Config, Target]:
+    """Split the command line into mpsrun's configuration and the script with its arguments."""
+    rest = list(words)
+    values: dict[str, Any] = {}
+    while rest and rest[0].startswith("-") and rest[0] not in ("-", "-m", "--"):
+        name, equals, value = rest.pop(0).partition("=")
+        field, read = _option(name)
+        if read is None:
+            if equals:
+                raise UsageError(f"expected {name} alone, found {name}={value}; leave the value out")
+            values[field] = True
+            continue
+        if not equals:
+            if not rest:
+                raise UsageError(f"expected a value after {name}, found none; see mpsrun --help")
+            value = rest.pop(0)
+        values[field] = read(name, value)
+    return Config(**values), _target(rest)
+
+
+def _launch(config: Config, target: Target) -> int:
+    from mpsrun.launch.hardware import detect
+
+    hardware = detect()
+    if hardware.kind in ("rocm", "apple"):
+        from mpsrun.launch.spawn import run_plain
+
+        if config.mps == "on":
+            raise UsageError(
+                f"expected an NVIDIA GPU for --mps on, found none ({hardware.reason}); leave it out"
+            )
+        say(f"{hardware.reason}, for which mpsrun has no lanes: plain run, no worker processes")
+        run_plain(dataclasses.replace(config, lanes="serial"), target)
+    if config.lanes == "serial":
+        say("serial lanes: plain run, no worker processes")
+    from mpsrun.launch.supervisor import supervise
+
+    return supervise(config, target, hardware).follow()
+
+
+def _asks_for(words: Sequence[str], *names: str) -> bool:
+    """Return whether one of mpsrun's own options is in front of the script; values are no options."""
+    for word in words:
+        if word in names:
+            return True
+        if not word.startswith("--"):
+            return False
+    return False
+
+
+def _option(name: str) -> tuple[str, Callable[[str, str], Any] | None]:
+    field = name.removeprefix("--").replace("-", "_")
+    if not name.startswith("--") or field not in _OPTIONS:
+        raise UsageError(f"expected an option of mpsrun or a script, found {name!r}; see mpsrun --help")
+    return _FIELDS.get(field, field), _OPTIONS[field]
+
+
+def _target(rest: Sequence[str]) -> Target:
+    words = list(rest[1:] if rest[:1] == ["--"] else rest)
+    if not words or words == ["-m"] or words[0] == "-":
+        found = "nothing after -m" if words == ["-m"] else "standard input" if words else "none"
+        raise UsageError(
+            f"expected a script or -m module, found {found}; usage: mpsrun [options] train.py [args...]"
+        )
+    return Target.from_argv(words)
+
+
+def _choice(*choices: str) -> Callable[[str, str], str]:
+    def read(name: str, value: str) -> str:
+        if value not in choices:
+            raise UsageError(f"expected {name} {'|'.join(choices)}, found {value!r}; choose one of these")
+        return value
+
+    return read
+
+
+def _workers(name: str, value: str) -> int | None:
+    if value == "auto":
+        return None
+    if not (value.isascii() and value.isdigit()) or not 1 <= int(value) <= MAX_WORKERS:
+        raise UsageError(
+            f"expected {name} auto or a number from 1 to {MAX_WORKERS}, found {value!r}; "
+            "to run without workers use --lanes serial"
+        )
+    return int(value)
+
+
+def _seconds(name: str, value: str) -> float:
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise UsageError(
+            f"expected {name} with a number of seconds above 0, found {value!r}; the default is 30"
+        )
+    return seconds
+
+
+def _path(name: str, value: str) -> Path:
+    if not value:
+        raise UsageError(
+            f"expected {name} with a directory, found an empty name; name one or leave {name} out"
+        )
+    return Path(value).absolute()
+
+
+_FIELDS = {"timeout": "timeout_s"}
+_OPTIONS: dict[str, Callable[[str, str], Any] | None] = {
+    "workers": _workers,
+    "lanes": _choice("auto", "serial", "workers"),
+    "mps": _choice("auto", "on", "off"),
+    "capture": _choice("auto", "off"),
+    "log_dir": _path,
+    "timeout": _seconds,
+    "strict": None,
+    "verbose": None,
+}

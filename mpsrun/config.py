@@ -1,0 +1,144 @@
+"""The one configuration of a run: every option, path and socket address is a field or a property of it."""
+
+import functools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from mpsrun.errors import MpsrunError, UsageError
+
+ENV_CONFIG = "MPSRUN_CONFIG"
+# `sockaddr_un.sun_path` has 108 bytes on Linux and 104 on macOS, the closing zero included.
+SOCKET_PATH_LIMIT_BYTES = 100
+AUTO_WORKERS = 3
+MAX_WORKERS = 64
+
+Lanes = Literal["auto", "serial", "workers"]
+Switch = Literal["auto", "on", "off"]
+Capture = Literal["auto", "off"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the user asked for, and where this run lives.
+
+    workers: worker processes, None for auto. timeout_s: the watchdog of every wait. run_dir: the private
+    directory of this run, None before the launcher made it and where there is no launcher.
+    """
+
+    workers: int | None = None
+    lanes: Lanes = "auto"
+    mps: Switch = "auto"
+    capture: Capture = "auto"
+    log_dir: Path | None = None
+    verbose: bool = False
+    strict: bool = False
+    timeout_s: float = 30.0
+    run_dir: Path | None = None
+
+    def worker_count(self) -> int:
+        """Return how many worker processes this run has; none with serial lanes, otherwise at least one."""
+        if self.lanes == "serial":
+            return 0
+        if self.workers is not None:
+            return self.workers
+        return max(1, min(AUTO_WORKERS, available_cores() - 1))
+
+    @property
+    def lead_socket(self) -> str:
+        """Address on which the lead receives control messages."""
+        return socket_address(self._in_run_dir("lead"))
+
+    @property
+    def report_socket(self) -> str:
+        """Address on which the lead receives reports."""
+        return socket_address(self._in_run_dir("report"))
+
+    def worker_socket(self, index: int) -> str:
+        """Address on which worker `index` (from 1) receives control messages."""
+        return socket_address(self._in_run_dir(f"worker-{index}"))
+
+    def worker_log(self, index: int) -> Path:
+        """File which takes stdout and stderr of worker `index` (from 1)."""
+        name = f"worker-{index}.log"
+        return self.log_dir / name if self.log_dir is not None else self._in_run_dir(name)
+
+    @property
+    def mps_pipe_dir(self) -> Path:
+        """CUDA_MPS_PIPE_DIRECTORY of a CUDA MPS daemon private to this run."""
+        return self._in_run_dir("mps")
+
+    @property
+    def mps_log_dir(self) -> Path:
+        """CUDA_MPS_LOG_DIRECTORY of a CUDA MPS daemon private to this run."""
+        return self.log_dir if self.log_dir is not None else self._in_run_dir("mps-log")
+
+    @property
+    def capture_marker(self) -> Path:
+        """File which the lead makes once the script uses torch, so that workers may hear from it."""
+        return self._in_run_dir("torch")
+
+    def to_env(self) -> dict[str, str]:
+        """Return the environment variables from which a child process reads this configuration."""
+        return {ENV_CONFIG: msgspec.json.encode(self, enc_hook=_encode_path).decode()}
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> "Config":
+        """Read a configuration which `to_env` wrote; defaults where there is none.
+
+        Raises UsageError where the variable is there and malformed.
+        """
+        text = (os.environ if environ is None else environ).get(ENV_CONFIG)
+        if text is None:
+            return cls()
+        try:
+            return msgspec.json.decode(text, type=cls, dec_hook=_decode_path)
+        except (msgspec.ValidationError, msgspec.DecodeError) as error:
+            raise UsageError(
+                f"expected {ENV_CONFIG} as mpsrun writes it, found {text[:80]!r} ({error}); unset it"
+            ) from None
+
+    def _in_run_dir(self, name: str) -> Path:
+        if self.run_dir is None:
+            raise MpsrunError(f"expected a run directory for {name!r}, found none; start with mpsrun")
+        return self.run_dir / name
+
+
+def socket_address(path: Path) -> str:
+    """Return the `ipc://` address of a socket file; UsageError where its path is too long for the kernel."""
+    size_bytes = len(os.fsencode(path))
+    if size_bytes > SOCKET_PATH_LIMIT_BYTES:
+        raise UsageError(
+            f"expected socket paths of at most {SOCKET_PATH_LIMIT_BYTES} bytes, found {size_bytes} ({path}); "
+            "set XDG_RUNTIME_DIR or TMPDIR to a directory with a shorter name"
+        )
+    return f"ipc://{path}"
+
+
+def available_cores() -> int:
+    """Return the CPU cores on which this process may run."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@functools.cache
+def current() -> Config:
+    """Return the configuration of this process, read once from its environment; else defaults."""
+    return Config.from_env()
+
+
+def _encode_path(value: Any) -> str:
+    if isinstance(value, Path):
+        return str(value)
+    raise NotImplementedError(f"cannot write {type(value).__name__} into {ENV_CONFIG}")
+
+
+def _decode_path(kind: type, value: Any) -> Any:
+    if kind is Path:
+        return Path(value)
+    raise NotImplementedError(f"cannot read {kind.__name__} from {ENV_CONFIG}")

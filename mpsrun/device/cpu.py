@@ -1,0 +1,194 @@
+"""CPU processes: memfd chunks, and counters waited for with futexes."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import mmap
+import os
+import platform
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from mpsrun.device.base import Chunk, ChunkHandle, TensorRef, dtype_name
+from mpsrun.errors import MpsrunError, NotShippable
+
+ALIGN_BYTES = 64
+COUNTER_STRIDE = 16  # words: one counter a cache line
+MAX_COUNTERS = 64
+
+_SYS_FUTEX = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221, "s390x": 238}
+_FUTEX_WAIT, _FUTEX_WAKE = 0, 1
+_WAIT_SLICE_S = 0.5  # how long a signal handler of Python waits for its turn at most
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+@dataclass(frozen=True)
+class _Export:
+    """Memory of this process that others may map, while `alive()`."""
+
+    handle: ChunkHandle
+    address: int
+    alive: Callable[[], bool]
+
+    def holds(self, storage: torch.UntypedStorage) -> bool:
+        start = storage.data_ptr() - self.address
+        return 0 <= start and start + storage.nbytes() <= self.handle.size_bytes and self.alive()
+
+
+class CpuDevice:
+    """Shared memory through memfd: it needs no room in /dev/shm and dies with the last process that maps it."""
+
+    kind = "cpu"
+
+    def __init__(self) -> None:
+        number = _SYS_FUTEX.get(platform.machine())
+        if number is None:
+            raise MpsrunError(f"expected one of the machines {sorted(_SYS_FUTEX)}, found {platform.machine()}")
+        self._futex_number = number
+        self._syscall = ctypes.CDLL(None, use_errno=True).syscall
+        self._ids = itertools.count()
+        self._exports: dict[int, _Export] = {}
+        self._words: ctypes.Array[ctypes.c_uint32] | None = None
+
+    def new_chunk(self, size_bytes: int) -> Chunk:
+        pages, handle = self._new_pages(size_bytes)
+        return Chunk(handle, torch.frombuffer(pages, dtype=torch.uint8), pages)
+
+    def open_chunk(self, handle: ChunkHandle) -> Chunk:
+        fd = os.open(handle.token.decode(), os.O_RDWR | os.O_CLOEXEC)
+        try:
+            pages = mmap.mmap(fd, handle.size_bytes)
+        finally:
+            os.close(fd)
+        return Chunk(handle, torch.frombuffer(pages, dtype=torch.uint8), pages)
+
+    def close_chunk(self, chunk: Chunk) -> None:
+        chunk.memory, chunk.owner = torch.empty(0, dtype=torch.uint8), None  # unmapped with the last tensor on it
+
+    def _new_pages(self, size_bytes: int) -> tuple[mmap.mmap, ChunkHandle]:
+        fd = os.memfd_create("mpsrun", os.MFD_CLOEXEC)
+        os.ftruncate(fd, size_bytes)
+        pages = mmap.mmap(fd, size_bytes)
+        weakref.finalize(pages, os.close, fd).atexit = False
+        return pages, self._handle(fd, size_bytes)
+
+    def _handle(self, fd: int, size_bytes: int) -> ChunkHandle:
+        return ChunkHandle(next(self._ids), size_bytes, f"/proc/{os.getpid()}/fd/{fd}".encode())
+
+    def export(self, tensors: Sequence[torch.Tensor]) -> list[TensorRef]:
+        fresh: dict[int, torch.UntypedStorage] = {}
+        for storage in (t.untyped_storage() for t in tensors):
+            if self._find(storage) is None:
+                fresh[storage.data_ptr()] = storage
+        if fresh:
+            self._share(list(fresh.values()))
+        return [self._ref(t) for t in tensors]
+
+    def exported(self) -> dict[int, ChunkHandle]:
+        self._exports = {i: e for i, e in self._exports.items() if e.alive()}
+        return {i: e.handle for i, e in self._exports.items()}
+
+    def _find(self, storage: torch.UntypedStorage) -> _Export | None:
+        return next((e for e in self._exports.values() if e.holds(storage)), None)
+
+    def _ref(self, tensor: torch.Tensor) -> TensorRef:
+        export = self._find(tensor.untyped_storage())
+        if export is None:
+            raise NotShippable("its memory could not be shared with another process")
+        offset = tensor.data_ptr() - export.address
+        return TensorRef(export.handle.id, offset, tuple(tensor.shape), tensor.stride(), dtype_name(tensor.dtype))
+
+    def _share(self, storages: Iterable[torch.UntypedStorage]) -> None:
+        private = [s for s in storages if not s.is_shared()]
+        for storage in (s for s in storages if s.is_shared()):
+            self._share_in_place(storage)
+        if hasattr(torch.UntypedStorage, "_swap_data_ptr_"):
+            self._move(private)
+        else:  # torch < 2.13
+            for storage in private:
+                self._share_in_place(storage)
+
+    def _share_in_place(self, storage: torch.UntypedStorage) -> None:
+        """Let torch share this storage: the memory moves inside it, unless another process sees it already."""
+        try:
+            fd, size_bytes = storage._share_fd_cpu_()
+        except RuntimeError as error:
+            raise NotShippable(f"its memory could not be shared with another process: {error}") from error
+        weak = StorageWeakRef(storage)
+        self._add(self._handle(fd, size_bytes), storage.data_ptr(), lambda: not weak.expired())
+
+    def _move(self, storages: Sequence[torch.UntypedStorage]) -> None:
+        """Move the memory of storages into one memfd, inside each storage; the old memory is freed."""
+        offsets = list(itertools.accumulate((_aligned(s.nbytes()) for s in storages), initial=0))
+        if not offsets[-1]:
+            return
+        pages, handle = self._new_pages(offsets[-1])
+        base = torch.frombuffer(pages, dtype=torch.uint8)
+        for storage, offset in zip(storages, offsets, strict=False):
+            if storage.nbytes():
+                block = torch.frombuffer(pages, dtype=torch.uint8, count=storage.nbytes(), offset=offset)
+                block.untyped_storage().copy_(storage)
+                storage._swap_data_ptr_(block.untyped_storage())
+        alive = weakref.ref(pages)
+        self._add(handle, base.data_ptr(), lambda: alive() is not None)
+
+    def _add(self, handle: ChunkHandle, address: int, alive: Callable[[], bool]) -> None:
+        self._exports[handle.id] = _Export(handle, address, alive)
+
+    def bind_counters(self, chunk: Chunk) -> None:
+        words = MAX_COUNTERS * COUNTER_STRIDE
+        self._words = (ctypes.c_uint32 * words).from_address(chunk.memory.data_ptr())
+        self._counters_owner = chunk
+
+    def signal(self, counters: Sequence[int], values: Sequence[int]) -> None:
+        for counter, value in zip(counters, values, strict=True):
+            self._counter_words()[counter * COUNTER_STRIDE] = value
+            self._futex(counter, _FUTEX_WAKE, 1 << 30, None)
+
+    def wait(self, counters: Sequence[int], values: Sequence[int], timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        for counter, value in zip(counters, values, strict=True):
+            while not _reached(seen := self._counter_words()[counter * COUNTER_STRIDE], value):
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    raise TimeoutError(f"counter {counter} is at {seen}, not at {value}, after {timeout_s:g} s")
+                self._futex(counter, _FUTEX_WAIT, seen, min(left_s, _WAIT_SLICE_S))
+
+    def read_counters(self) -> list[int]:
+        return list(self._counter_words()[::COUNTER_STRIDE])
+
+    def stream_key(self) -> int:
+        return 0
+
+    def synchronize(self) -> None:
+        """Nothing is asynchronous on a CPU."""
+
+    def _counter_words(self) -> ctypes.Array[ctypes.c_uint32]:
+        if self._words is None:
+            raise MpsrunError("expected bind_counters before the first signal or wait")
+        return self._words
+
+    def _futex(self, counter: int, operation: int, value: int, timeout_s: float | None) -> None:
+        address = ctypes.addressof(self._counter_words()) + 4 * counter * COUNTER_STRIDE
+        limit = None
+        if timeout_s is not None:
+            limit = ctypes.byref(_Timespec(int(timeout_s), int(timeout_s % 1 * 1e9)))
+        self._syscall(self._futex_number, ctypes.c_void_p(address), operation, ctypes.c_uint32(value), limit, None, 0)
+
+
+def _aligned(size_bytes: int) -> int:
+    return -(-size_bytes // ALIGN_BYTES) * ALIGN_BYTES
+
+
+def _reached(seen: int, value: int) -> bool:
+    """Whether a 32-bit counter that wraps has reached a value (the rule of CU_STREAM_WAIT_VALUE_GEQ)."""
+    return (seen - value) & 0xFFFFFFFF < 0x80000000

@@ -1,0 +1,184 @@
+"""CUDA processes: chunks shared by CUDA IPC, and counters that the GPU itself writes and waits for.
+
+The counters use stream memory operations (CUDA driver API, "Stream Memory Operations"): a wait holds the stream, not
+the CPU. This is the only file that talks to the CUDA driver.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from cuda.bindings import driver
+
+from mpsrun.device.base import Chunk, ChunkHandle, TensorRef, dtype_name
+from mpsrun.errors import MpsrunError, NotShippable
+
+COUNTER_STRIDE_BYTES = 64
+MAX_COUNTERS = 64
+
+_WAIT = driver.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WAIT_VALUE_32
+_WRITE = driver.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WRITE_VALUE_32
+_REACHED = int(driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ)
+
+
+class _Span:
+    """A range of device memory, in the form from which torch makes a tensor without a copy."""
+
+    def __init__(self, address: int, size_bytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (size_bytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+
+class CudaDevice:
+    """Shared memory and order on one GPU, between processes that see the same device."""
+
+    kind = "cuda"
+
+    def __init__(self, index: int) -> None:
+        torch.cuda.set_device(index)
+        torch.cuda.init()
+        torch.empty(1, device="cuda")  # the driver calls below need a current context
+        self.index = index
+        self._ids = itertools.count()
+        self._exports: dict[int, ChunkHandle] = {}  # by buffer id of the driver
+        self._counters: Chunk | None = None
+        self._operations: dict[tuple[bool, tuple[int, ...]], list[Any]] = {}
+        self._peek_stream = torch.cuda.Stream(index)
+        self._peek_host: torch.Tensor | None = None
+        self._peek_done: torch.cuda.Event | None = None
+
+    def new_chunk(self, size_bytes: int) -> Chunk:
+        status, address = driver.cuMemAlloc(size_bytes)
+        if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+            torch.cuda.empty_cache()
+            status, address = driver.cuMemAlloc(size_bytes)
+        if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+            raise torch.OutOfMemoryError(f"mpsrun: no {size_bytes >> 20} MiB of GPU memory for the shared arena")
+        _check(status, "cuMemAlloc")
+        memory = self._tensor(int(address), size_bytes)
+        memory.zero_()
+        torch.cuda.current_stream().synchronize()
+        return Chunk(self._handle(int(address), size_bytes), memory, int(address))
+
+    def open_chunk(self, handle: ChunkHandle) -> Chunk:
+        raw = driver.CUipcMemHandle()
+        raw.reserved = handle.token
+        flags = driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+        address = _call("cuIpcOpenMemHandle", driver.cuIpcOpenMemHandle(raw, int(flags)))
+        return Chunk(handle, self._tensor(int(address), handle.size_bytes), int(address))
+
+    def close_chunk(self, chunk: Chunk) -> None:
+        chunk.memory = torch.empty(0, dtype=torch.uint8)
+        if chunk.handle.token in {h.token for h in self._exports.values()}:
+            return
+        _call("cuIpcCloseMemHandle", driver.cuIpcCloseMemHandle(chunk.owner))
+
+    def _tensor(self, address: int, size_bytes: int) -> torch.Tensor:
+        return torch.as_tensor(_Span(address, size_bytes), device=torch.device("cuda", self.index))
+
+    def _handle(self, address: int, size_bytes: int) -> ChunkHandle:
+        raw = _call("cuIpcGetMemHandle", driver.cuIpcGetMemHandle(address))
+        return ChunkHandle(next(self._ids), size_bytes, bytes(raw.reserved))
+
+    def export(self, tensors: Sequence[torch.Tensor]) -> list[TensorRef]:
+        """Whole allocations of torch's caching allocator are shared, where they are: nothing moves."""
+        return [self._export(t) for t in tensors]
+
+    def exported(self) -> dict[int, ChunkHandle]:
+        return {handle.id: handle for handle in self._exports.values()}
+
+    def _export(self, tensor: torch.Tensor) -> TensorRef:
+        address = tensor.data_ptr()
+        if not address:
+            raise NotShippable("a tensor without memory cannot be shared with another process")
+        base, size_bytes = _pair(driver.cuMemGetAddressRange(address), "cuMemGetAddressRange")
+        attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_BUFFER_ID
+        buffer_id = int(_call("cuPointerGetAttribute", driver.cuPointerGetAttribute(attribute, address)))
+        if buffer_id not in self._exports:
+            try:
+                self._exports[buffer_id] = self._handle(int(base), int(size_bytes))
+            except MpsrunError as error:
+                raise NotShippable(
+                    "GPU memory that CUDA IPC cannot share (expandable_segments in PYTORCH_CUDA_ALLOC_CONF, or "
+                    "another allocator): leave it at its default"
+                ) from error
+        chunk = self._exports[buffer_id].id
+        shape, stride = tuple(tensor.shape), tensor.stride()
+        return TensorRef(chunk, address - int(base), shape, stride, dtype_name(tensor.dtype))
+
+    def bind_counters(self, chunk: Chunk) -> None:
+        self._counters = chunk
+        self._operations.clear()
+
+    def signal(self, counters: Sequence[int], values: Sequence[int]) -> None:
+        self._submit(False, counters, values)
+
+    def wait(self, counters: Sequence[int], values: Sequence[int], timeout_s: float) -> None:
+        self._submit(True, counters, values)
+
+    def _submit(self, wait: bool, counters: Sequence[int], values: Sequence[int]) -> None:
+        """One driver call for all counters; the parameter structs are made once for each set of counters."""
+        key = (wait, tuple(counters))
+        operations = self._operations.get(key)
+        if operations is None:
+            operations = self._operations[key] = [self._operation(wait, counter) for counter in counters]
+        for operation, value in zip(operations, values, strict=True):
+            (operation.waitValue if wait else operation.writeValue).value = value
+        stream = torch.cuda.current_stream().cuda_stream
+        status = driver.cuStreamBatchMemOp(stream, len(operations), operations, 0)[0]
+        _check(status, "cuStreamBatchMemOp")
+
+    def _operation(self, wait: bool, counter: int) -> Any:
+        if self._counters is None:
+            raise MpsrunError("expected bind_counters before the first signal or wait")
+        parameters = driver.CUstreamBatchMemOpParams()
+        part = parameters.waitValue if wait else parameters.writeValue
+        part.operation = _WAIT if wait else _WRITE
+        part.address = self._counters.memory.data_ptr() + counter * COUNTER_STRIDE_BYTES
+        part.flags = _REACHED if wait else 0
+        return parameters
+
+    def read_counters(self) -> list[int] | None:
+        """The last finished peek, if any; starts the next one on a stream of its own."""
+        if self._counters is None:
+            return None
+        if self._peek_host is None:
+            self._peek_host = torch.empty(MAX_COUNTERS * COUNTER_STRIDE_BYTES, dtype=torch.uint8, pin_memory=True)
+        seen = None
+        if self._peek_done is not None:
+            if not self._peek_done.query():
+                return None
+            seen = self._peek_host.view(torch.int32)[:: COUNTER_STRIDE_BYTES // 4].tolist()
+        with torch.cuda.stream(self._peek_stream):
+            self._peek_host.copy_(self._counters.memory[: self._peek_host.numel()], non_blocking=True)
+            self._peek_done = torch.cuda.Event()
+            self._peek_done.record()
+        return None if seen is None else [value & 0xFFFFFFFF for value in seen]
+
+    def stream_key(self) -> int:
+        return torch.cuda.current_stream().cuda_stream
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.index)
+
+
+def _call(name: str, answer: tuple[Any, ...]) -> Any:
+    _check(answer[0], name)
+    return answer[1] if len(answer) > 1 else None
+
+
+def _pair(answer: tuple[Any, ...], name: str) -> tuple[Any, Any]:
+    _check(answer[0], name)
+    return answer[1], answer[2]
+
+
+def _check(status: Any, name: str) -> None:
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise MpsrunError(f"{name} failed: {driver.CUresult(status).name}")

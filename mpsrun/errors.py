@@ -1,0 +1,17 @@
+"""The errors which mpsrun raises on purpose; each text says what was expected, found, and what to do."""
+
+
+class MpsrunError(Exception):
+    """Any error which mpsrun itself raises."""
+
+
+class UsageError(MpsrunError):
+    """mpsrun was asked for what it cannot do here; the launcher prints one line and exits with 2."""
+
+
+class WorkerError(MpsrunError, RuntimeError):
+    """A worker raised, was killed or did not answer in time; the text has its traceback if there is one."""
+
+
+class NotShippable(MpsrunError):
+    """A branch cannot be written as data and stays in the lead; the text is the reason in words."""

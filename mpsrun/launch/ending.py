@@ -1,0 +1,46 @@
+"""Ending processes that we started: leave them time, ask, then kill; every wait has a deadline."""
+
+import os
+import select
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+
+TERMINATE_S = 3.0
+KILL_S = 2.0
+
+
+def end(processes: Sequence[subprocess.Popen[bytes]], grace_s: float = 0.0) -> None:
+    """Give processes `grace_s` to end by themselves, then SIGTERM, then SIGKILL; return once they are reaped.
+
+    A process stopped by SIGSTOP answers no SIGTERM, but SIGKILL.
+    """
+    left = wait_until(processes, grace_s)
+    for process in left:
+        process.terminate()
+    left = wait_until(left, TERMINATE_S)
+    for process in left:
+        process.kill()
+    wait_until(left, KILL_S)
+
+
+def wait_until(
+    processes: Iterable[subprocess.Popen[bytes]], timeout_s: float
+) -> list[subprocess.Popen[bytes]]:
+    """Wait until the processes have ended, for at most `timeout_s`; return those that have not."""
+    deadline = time.monotonic() + timeout_s
+    left = [process for process in processes if process.poll() is None]
+    poller = select.poll()
+    watched = {os.pidfd_open(process.pid): process for process in left}
+    try:
+        for pidfd in watched:
+            poller.register(pidfd, select.POLLIN)
+        while left and (rest_s := deadline - time.monotonic()) > 0:
+            for pidfd, _ in poller.poll(rest_s * 1000):
+                poller.unregister(pidfd)
+                watched[pidfd].wait()
+            left = [process for process in left if process.poll() is None]
+    finally:
+        for pidfd in watched:
+            os.close(pidfd)
+    return left

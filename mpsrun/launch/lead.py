@@ -1,0 +1,38 @@
+"""The start of the lead: the process that runs the user's script."""
+
+import os
+from collections.abc import Sequence
+
+from mpsrun import config
+from mpsrun.config import ENV_CONFIG, Config
+from mpsrun.launch import script
+from mpsrun.launch.family import tie_to_parent, welcome_signals
+from mpsrun.launch.on_import import after_import
+from mpsrun.launch.target import Target
+from mpsrun.log import say
+
+
+def main(args: Sequence[str]) -> int:
+    """Run the script `args` in this process; returns 0 where it neither raises nor exits."""
+    mask = tie_to_parent()
+    ours = config.current()
+    os.environ.pop(ENV_CONFIG, None)  # processes that the script starts are none of ours
+    if ours.lanes != "serial":
+        after_import("torch", lambda: _watch_for_networks(ours))
+    script.run(Target.from_argv(args), ready=lambda: welcome_signals(mask))
+    return 0
+
+
+def _watch_for_networks(ours: Config) -> None:
+    if ours.run_dir is not None:
+        ours.capture_marker.touch()
+    if ours.capture == "off":
+        return
+    try:
+        from mpsrun.run import discover
+
+        discover.install()
+    except Exception as error:
+        if ours.strict:
+            raise
+        say(f"cannot watch for networks, so the script runs plain ({type(error).__name__}: {error})")

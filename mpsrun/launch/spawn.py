@@ -1,0 +1,78 @@
+"""How the lead and the workers are started: command line, environment, standard streams, process group."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from mpsrun.config import Config
+from mpsrun.errors import UsageError
+from mpsrun.launch.family import parent_env
+from mpsrun.launch.python_flags import python_flags
+from mpsrun.launch.target import Target
+
+
+def spawn_worker(config: Config, index: int, parent_pid: int) -> subprocess.Popen[bytes]:
+    """Start worker `index` (from 1), which dies with the process `parent_pid`, its caller.
+
+    Call it from the main thread: the worker ends when the thread that started it ends. It gets a process
+    group of its own, so that the terminal's Ctrl-C and Ctrl-Z reach the lead only, and writes to
+    `config.worker_log(index)`.
+    """
+    with config.worker_log(index).open("ab", buffering=0) as log:
+        return subprocess.Popen(
+            # -P: a worker runs no code of the user's, whose files must not hide the modules that it imports
+            [sys.executable, "-P", "-m", "mpsrun", "worker", str(index)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=_with_package(os.environ | config.to_env() | parent_env(parent_pid)),
+            process_group=0,
+        )
+
+
+def spawn_lead(
+    config: Config, target: Target, parent_pid: int, mask: Collection[int] = ()
+) -> subprocess.Popen[bytes]:
+    """Start the lead, which runs the user's script with our streams, process group and Python flags.
+
+    `mask`: the signals blocked when the launcher was started, which the lead restores. Descriptors that the
+    shell handed to the launcher, as for `<(...)`, are handed on.
+    """
+    return subprocess.Popen(
+        [sys.executable, *python_flags(), "-m", "mpsrun", "lead", *target.to_argv()],
+        env=os.environ | config.to_env() | parent_env(parent_pid, mask),
+        close_fds=False,
+    )
+
+
+def run_plain(config: Config, target: Target, mask: Collection[int] = ()) -> None:
+    """Become `python script args`; does not return."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    os.environ.update(config.to_env())
+    os.execv(sys.executable, [sys.executable, *python_flags(), *target.to_argv()])  # noqa: S606
+
+
+def make_log_dir(config: Config) -> None:
+    """Make `--log-dir`; UsageError where that is impossible."""
+    if config.log_dir is None:
+        return
+    try:
+        config.log_dir.mkdir(parents=True, exist_ok=True)
+        config.worker_log(1).open("ab").close()
+    except OSError as error:
+        raise UsageError(
+            f"expected --log-dir to be a directory that can be written, found {config.log_dir}: "
+            f"{error.strerror}; name another one"
+        ) from None
+
+
+def _with_package(environ: Mapping[str, str]) -> dict[str, str]:
+    """Let a child find mpsrun where only our working directory or PYTHONPATH had it, as in a checkout."""
+    root = Path(__file__).parents[2]
+    if root.name in ("site-packages", "dist-packages"):
+        return dict(environ)
+    paths = [str(root), *filter(None, [environ.get("PYTHONPATH")])]
+    return {**environ, "PYTHONPATH": os.pathsep.join(paths)}

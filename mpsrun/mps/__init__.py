@@ -1,0 +1,1 @@
+"""NVIDIA's Multi-Process Service, always called CUDA MPS here: its control program, daemon and clients."""

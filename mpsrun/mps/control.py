@@ -1,0 +1,113 @@
+"""A client of `nvidia-cuda-mps-control`: one command at a time, each with a deadline.
+
+Commands and answers: https://docs.nvidia.com/deploy/mps/appendix-tools-and-interface-reference.html. Only the
+documented answer counts as success; the program exits with 0 after many failures too.
+"""
+
+import os
+import shutil
+import subprocess
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpsrun.errors import MpsrunError
+
+CONTROL = "nvidia-cuda-mps-control"
+SERVER = "nvidia-cuda-mps-server"
+PIPE_DIRECTORY = "CUDA_MPS_PIPE_DIRECTORY"
+LOG_DIRECTORY = "CUDA_MPS_LOG_DIRECTORY"
+DEFAULT_PIPE_DIR = Path("/tmp/nvidia-mps")  # noqa: S108 - the driver's own choice
+DEADLINE_S = 5.0
+
+_one_at_a_time = threading.Lock()
+
+
+class ControlError(MpsrunError):
+    """The control program is missing, did not answer in time, or answered something undocumented."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """The control daemon that listens in `pipe_dir`. Every method raises ControlError but on success."""
+
+    pipe_dir: Path
+    deadline_s: float = DEADLINE_S
+
+    def server_list(self) -> list[int]:
+        """Return the pids of the servers; none runs until the first client has come."""
+        return self._pids("get_server_list")
+
+    def client_list(self, server_pid: int) -> list[int]:
+        """Return the pids of a server's clients."""
+        return self._pids(f"get_client_list {server_pid}")
+
+    def terminate_client(self, server_pid: int, client_pid: int) -> None:
+        """End a client's work on the GPU without harm to the server's other clients. Success is silent."""
+        self._silent(f"terminate_client {server_pid} {client_pid}")
+
+    def quit(self) -> None:
+        """Ask the daemon and its servers to end. Success is silent, and they may still be ending."""
+        self._silent("quit")
+
+    def is_reachable(self) -> bool:
+        """Return whether a daemon answers."""
+        try:
+            self.server_list()
+        except ControlError:
+            return False
+        return True
+
+    def send(self, command: str) -> str:
+        """Send one command; return what the control program printed, stripped."""
+        program = shutil.which(CONTROL)
+        if program is None:
+            raise ControlError(
+                f"expected {CONTROL} on PATH, found none; install the NVIDIA driver's compute tools"
+            )
+        with _one_at_a_time:
+            return self._send(program, command)
+
+    def _send(self, program: str, command: str) -> str:
+        process = subprocess.Popen(
+            [program],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, PIPE_DIRECTORY: str(self.pipe_dir)},
+            process_group=0,
+        )
+        with process:
+            try:
+                answer, _ = process.communicate(f"{command}\n".encode(), self.deadline_s)
+            except subprocess.TimeoutExpired:
+                raise ControlError(
+                    f"expected an answer to {command!r} within {self.deadline_s:g} s, found none"
+                ) from None
+            finally:
+                process.kill()
+        text = answer.decode(errors="replace").strip()
+        if process.returncode != 0:
+            raise ControlError(
+                f"expected {command!r} to succeed, found status {process.returncode}: {_short(text)}"
+            )
+        return text
+
+    def _pids(self, command: str) -> list[int]:
+        words = self.send(command).split()
+        if not all(word.isascii() and word.isdigit() for word in words):
+            raise ControlError(f"expected pids in answer to {command!r}, found {_short(' '.join(words))}")
+        return [int(word) for word in words]
+
+    def _silent(self, command: str) -> None:
+        if text := self.send(command):
+            raise ControlError(f"expected no answer to {command!r}, found {_short(text)}")
+
+
+def pipe_dir_in_force() -> Path:
+    """Return the pipe directory that CUDA programs started from here use."""
+    return Path(os.environ.get(PIPE_DIRECTORY) or DEFAULT_PIPE_DIR)
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 200 else f"{text[:200]}…")

@@ -1,0 +1,133 @@
+"""CUDA MPS for one run: join the daemon that is there, or start a private one and end it with the run."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from mpsrun.config import Config
+from mpsrun.errors import MpsrunError, UsageError
+from mpsrun.log import detail, say
+from mpsrun.mps.control import CONTROL, LOG_DIRECTORY, PIPE_DIRECTORY, Control, pipe_dir_in_force
+
+START_S = 15.0
+STOP_S = 4.5  # longer than the guard's own deadlines
+_POLL_S = 0.02
+
+
+@contextlib.contextmanager
+def cuda_mps(config: Config, has_gpu: bool, no_gpu_reason: str, parent: Mapping[str, str]) -> Iterator[None]:
+    """Let the processes started inside be clients of a CUDA MPS daemon, as `config.mps` says.
+
+    They learn of it through the environment. `parent`: the variables which tie a child to this process. A
+    daemon that was there before is joined and left as it was. Raises UsageError for `--mps on` where that
+    is impossible; under `auto` one line says why, and the GPU is shared by time slices.
+    """
+    if not has_gpu or not config.worker_count():
+        if config.mps == "on":
+            _refuse(no_gpu_reason or "serial lanes, which have no use for it")
+        yield
+    elif config.mps == "off":
+        # a directory without a daemon, or the driver would connect to one in the default place
+        with _environment({PIPE_DIRECTORY: str(config.mps_pipe_dir)}):
+            yield
+    elif shutil.which(CONTROL) is None:
+        _decline(config, f"no {CONTROL} on PATH")
+        yield
+    elif Control(pipe_dir_in_force()).is_reachable():
+        detail(f"joined the CUDA MPS daemon in {pipe_dir_in_force()}")
+        yield
+    else:
+        with _private(config, parent):
+            yield
+
+
+@contextlib.contextmanager
+def _private(config: Config, parent: Mapping[str, str]) -> Iterator[None]:
+    variables = {PIPE_DIRECTORY: str(config.mps_pipe_dir), LOG_DIRECTORY: str(config.mps_log_dir)}
+    config.mps_pipe_dir.mkdir(mode=0o700)
+    config.mps_log_dir.mkdir(mode=0o700, exist_ok=True)
+    guard = start_guard(config.mps_pipe_dir, config.mps_log_dir, parent)
+    try:
+        try:
+            wait_ready(guard, Control(config.mps_pipe_dir, deadline_s=2.0), config.mps_log_dir)
+        except MpsrunError as error:
+            _decline(config, str(error))
+            yield
+        else:
+            with _environment(variables):
+                detail(f"started a private CUDA MPS daemon in {config.mps_pipe_dir}")
+                yield
+    finally:
+        stop_guard(guard)
+
+
+def start_guard(pipe_dir: Path, log_dir: Path, parent: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start the process that owns a private daemon; it ends it on SIGTERM and when its parent dies."""
+    with (log_dir / "mps-daemon.log").open("ab", buffering=0) as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "mpsrun", "mps-daemon", str(pipe_dir)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **parent, PIPE_DIRECTORY: str(pipe_dir), LOG_DIRECTORY: str(log_dir)},
+            process_group=0,
+        )
+
+
+def wait_ready(guard: subprocess.Popen[bytes], control: Control, log_dir: Path) -> None:
+    """Wait until the daemon answers. Raises MpsrunError where it ends, or does not answer within START_S."""
+    deadline = time.monotonic() + START_S
+    while not control.is_reachable():
+        if guard.poll() is not None:
+            raise MpsrunError(
+                f"the CUDA MPS daemon ended at its start: {_last_line(log_dir / 'mps-daemon.log')}"
+            )
+        if time.monotonic() > deadline:
+            raise MpsrunError(f"the CUDA MPS daemon did not answer within {START_S:g} s")
+        time.sleep(_POLL_S)
+
+
+def stop_guard(guard: subprocess.Popen[bytes]) -> None:
+    """End a private daemon, its servers and the guard."""
+    guard.terminate()
+    try:
+        guard.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        guard.kill()
+        guard.wait()
+
+
+def _decline(config: Config, reason: str) -> None:
+    if config.mps == "on":
+        _refuse(reason)
+    say(f"no CUDA MPS ({reason}): the processes share the GPU by time slices")
+
+
+def _refuse(reason: str) -> None:
+    raise UsageError(
+        f"expected an NVIDIA GPU and CUDA MPS for --mps on, found {reason}; fix that, or leave --mps on out"
+    )
+
+
+def _last_line(path: Path) -> str:
+    lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "it said nothing"
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

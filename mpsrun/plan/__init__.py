@@ -1,0 +1,1 @@
+"""Decisions about where branches run: pure functions from costs to plans."""

@@ -1,0 +1,235 @@
+"""The `torch.compile` backend: from Dynamo's graph to a function that uses the lanes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from mpsrun import config, log
+from mpsrun.errors import MpsrunError, NotShippable
+from mpsrun.graph.effects import Effects, analyze
+from mpsrun.graph.regions import Region, find_regions
+from mpsrun.plan.cost import MACHINES
+from mpsrun.plan.plan import Declined, plan_region
+from mpsrun.run import report, session
+from mpsrun.run.coordinator import Coordinator
+from mpsrun.run.lower import Lowered, lower
+from mpsrun.run.specialize import Cutter, Observation, meta_of, needed_nodes
+
+LANES = ("auto", "serial", "workers")
+
+
+def mpsrun(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
+) -> Callable[..., Any]:
+    """Backend of `torch.compile(model, backend="mpsrun", options={"lanes": "workers"})`.
+
+    options: `lanes` ("auto", "serial" or "workers") and `workers` (use at most so many) for this model; the default is
+    the launcher's. Raises `MpsrunError` for an option that does not exist.
+    """
+    chosen = Options.read(options or {}, mode)
+    graph = Graph(gm, chosen)
+    report.graphs.append(graph.summary)
+    return gm.forward if graph.is_plain else graph
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a model may choose for itself."""
+
+    lanes: str
+    workers: int | None
+
+    @classmethod
+    def read(cls, options: Mapping[str, Any], mode: str | None) -> Options:
+        """Raises `MpsrunError` where `torch.compile` was given something else."""
+        unknown = set(options) - {"lanes", "workers"}
+        if unknown or mode is not None:
+            found = sorted(unknown) or f"mode={mode!r}"
+            raise MpsrunError(f'expected no options but "lanes" and "workers", found {found}')
+        lanes, workers = options.get("lanes", config.current().lanes), options.get("workers")
+        if lanes not in LANES:
+            raise MpsrunError(f"expected lanes to be one of {LANES}, found {lanes!r}")
+        if workers is not None and (type(workers) is not int or workers < 1):
+            raise MpsrunError(f"expected workers to be a whole number from 1, found {workers!r}")
+        return cls(lanes, workers)
+
+
+@dataclass
+class _Special:
+    """What a graph became for one set of sizes and modes: lowered regions and the function that runs them."""
+
+    epoch: int
+    regions: list[Lowered]
+    run: Callable[..., Any]
+    ready: bool = False
+
+
+class Graph:
+    """One graph of Dynamo's, and what became of it.
+
+    The first call for a set of sizes runs plain and takes notes; from them the workers are prepared.
+    """
+
+    def __init__(self, gm: fx.GraphModule, options: Options) -> None:
+        self._gm = gm
+        self._forced = options.lanes == "workers"
+        self._most = options.workers
+        self._specials: dict[tuple[Any, ...], _Special] = {}
+        self.summary = report.Graph()
+        self._regions: tuple[Region, ...] = ()
+        self._coordinator: Coordinator | None = None
+        if options.lanes != "serial":
+            self._look(gm)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing of this graph will ever use a lane."""
+        return self._coordinator is None
+
+    def _look(self, gm: fx.GraphModule) -> None:
+        self._effects: Effects = analyze(gm)
+        found = find_regions(gm, self._effects)
+        for refusal in found.refusals:
+            self.summary.refuse(refusal.reason, refusal.where)
+        self._regions = found.regions
+        if not found.regions:
+            self.summary.note("no branches that do not depend on each other")
+            return
+        kind = self._device_kind()
+        machine = MACHINES.get(kind)
+        if machine is None:
+            self.summary.note(f"no lanes on the device {kind}")
+            return
+        if not self._forced and not self._worth_it(machine):
+            return
+        self._coordinator = session.coordinator(kind)
+        if self._coordinator is None:
+            self.summary.note(session.why_none())
+
+    def _worth_it(self, machine: Any) -> bool:
+        """Whether the plan would use any worker at all, were they all there."""
+        workers = range(1, session.worker_count() + 1)[: self._most]
+        plans = [plan_region(region, list(workers), machine, False) for region in self._regions]
+        for region, plan in zip(self._regions, plans, strict=True):
+            if isinstance(plan, Declined):
+                self.summary.decline(region, plan.reason)
+        return not all(isinstance(plan, Declined) for plan in plans)
+
+    def _device_kind(self) -> str:
+        devices = {
+            facts.device.type
+            for region in self._regions
+            for branch in region.branches
+            for node in branch.nodes
+            if (facts := self._effects.facts[node]).device is not None and not facts.floating
+        }
+        return devices.pop() if len(devices) == 1 else "mixed: " + ", ".join(sorted(devices))
+
+    def __call__(self, *args: Any) -> Any:
+        coordinator = self._coordinator
+        if coordinator is None:
+            return self._gm.forward(*args)
+        key = (
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            *(a for a in args if type(a) is int),
+        )
+        special = self._specials.get(key)
+        if special is None or special.epoch != coordinator.epoch:
+            return self._first(key, args)
+        if not special.ready:
+            special.ready = all(coordinator.is_ready(r.crossing) for r in special.regions)
+            if not special.ready:
+                return self._gm.forward(*args)
+        self.summary.calls += 1
+        return special.run(*args)
+
+    def _first(self, key: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
+        coordinator = self._coordinator
+        if coordinator is None:
+            raise RuntimeError("mpsrun: a graph without a coordinator")
+        observer = _Observer(self._gm, self._effects, self._regions)
+        result = observer.run(*args)
+        epoch = coordinator.epoch
+        regions = self._cut_all(coordinator, observer.observation)
+        regions, run = self._lower(regions)
+        special = self._specials[key] = _Special(epoch, regions, run)
+        for lowered in regions:
+            coordinator.prepare(lowered.crossing, [observer.values[node] for node in lowered.cut.args])
+        observer.values.clear()
+        if self._forced and not coordinator.wait_ready([r.crossing for r in regions]):
+            log.say("the workers did not get ready in time; the network runs in the lead until they are")
+        special.ready = not regions
+        return result
+
+    def _cut_all(self, coordinator: Coordinator, seen: Observation) -> list[Lowered]:
+        """The regions that go to workers, outer ones first; a branch that left takes its inner regions along."""
+        cutter = Cutter(coordinator, self._effects, list(self._gm.graph.output_node().all_input_nodes))
+        machine = MACHINES[coordinator.device.kind]
+        gone: set[fx.Node] = set()
+        cuts = []
+        self.summary.regions.clear()
+        for region in self._regions:
+            if any(node in gone for branch in region.branches for node in branch.nodes):
+                continue
+            plan = plan_region(region, coordinator.usable()[: self._most], machine, self._forced)
+            if isinstance(plan, Declined):
+                self.summary.decline(region, plan.reason)
+                continue
+            try:
+                crossing, cut = cutter.cut(region, plan, seen)
+            except NotShippable as error:
+                self.summary.refuse(str(error), region.where)
+                continue
+            for branch, lane in zip(region.branches, plan.lanes, strict=True):
+                gone.update(branch.nodes if lane else ())
+            self.summary.accept(region, plan.lanes, crossing)
+            cuts.append(Lowered(region, crossing, cut))
+        return cuts
+
+    def _lower(self, regions: list[Lowered]) -> tuple[list[Lowered], Callable[..., Any]]:
+        while regions:
+            try:
+                return regions, lower(self._gm, self._effects, regions)
+            except NotShippable as error:
+                self.summary.refuse(str(error), regions[-1].region.where)
+                regions = regions[:-1]
+        return [], self._gm.forward
+
+
+class _Observer(fx.Interpreter):
+    """A plain run that notes what the regions need to know."""
+
+    def __init__(self, gm: fx.GraphModule, effects: Effects, regions: Sequence[Region]) -> None:
+        super().__init__(gm)
+        self._effects = effects
+        self._needed = needed_nodes(regions)
+        self._metas: dict[fx.Node, Any] = {}
+        self._random: dict[fx.Node, int] = {}
+        self.values: dict[fx.Node, Any] = {}
+
+    @property
+    def observation(self) -> Observation:
+        return Observation(self._metas, self._random)
+
+    def run_node(self, n: fx.Node) -> Any:
+        random = n.op.startswith("call") and self._effects.facts[n].random and torch.cuda.is_initialized()
+        before = _offset() if random else 0
+        result = super().run_node(n)
+        if random:
+            self._random[n] = _offset() - before
+        if n in self._needed:
+            meta = meta_of(result)
+            if meta is not None:
+                self._metas[n] = meta
+                self.values[n] = result.detach() if isinstance(result, torch.Tensor) else result
+        return result
+
+
+def _offset() -> int:
+    return torch.cuda.default_generators[torch.cuda.current_device()].get_offset()

@@ -1,0 +1,343 @@
+"""The coordinator: lives in the lead, owns the arena and the links to the workers, and watches over every wait."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from mpsrun import log
+from mpsrun.config import Config, available_cores
+from mpsrun.device import ChunkHandle, Device, open_device
+from mpsrun.device.arena import Arena, Room
+from mpsrun.errors import MpsrunError, WorkerError
+from mpsrun.run import state as modes
+from mpsrun.run.crossing import Crossing, Invocation, Share
+from mpsrun.run.link import Link
+from mpsrun.run.standin import StandIn
+from mpsrun.wire import messages as m
+from mpsrun.wire.channel import LeadChannel
+
+POLL_S = 0.05
+COUNTER_BYTES = 4096
+GRACE = 2.0  # a wait outlasts the watchdog by this factor, so that the watchdog is what ends it
+
+
+class Coordinator:
+    """One a process and device. `lock` orders all submissions; the watching thread takes it only for moments."""
+
+    def __init__(self, settings: Config, device: Device, end_worker: Callable[[int], None]) -> None:
+        self.settings = settings
+        self.device = device
+        self.lock = threading.RLock()
+        self._end_worker = end_worker
+        count = settings.worker_count()
+        addresses = [settings.worker_socket(i) for i in range(1, count + 1)]
+        self._channel = LeadChannel(addresses, settings.report_socket)
+        self.links = [Link(i, self._channel) for i in range(1, count + 1)]
+        self._counters = device.new_chunk(COUNTER_BYTES)
+        device.bind_counters(self._counters)
+        self._arena = Arena(device, self._announce)
+        self._standin = StandIn(device, self._arena.chunks.__getitem__)
+        self._ids = itertools.count(1)
+        self._retired: deque[tuple[Room, int, Sequence[tuple[int, int]]]] = deque()
+        self._abandoned: deque[tuple[tuple[Link, ...], int]] = deque()
+        self._error: Exception | None = None
+        self._changed = threading.Condition()
+        self._closing = False
+        self._stream_end: tuple[int, torch.cuda.Event] | None = None
+        self.epoch = 0
+        for link in self.links:
+            self._start(link)
+        self._thread = threading.Thread(target=self._watch, name="mpsrun-coordinator", daemon=True)
+        self._thread.start()
+
+    # ---- what crossings ask for; the caller holds `lock`
+
+    def next_invocation(self) -> int:
+        return next(self._ids)
+
+    def check(self) -> None:
+        """Raise what the watching thread could not raise itself: a worker's error under --strict, a failed stand-in."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def take(self, size_bytes: int) -> Room:
+        """A slot whose former users are done with it, in the order of the current stream."""
+        while self._retired:
+            room, stream, pending = self._retired.popleft()
+            self._arena.give_back(room, stream, pending)
+        room = self._arena.take(size_bytes)
+        if room.pending:
+            counters, values = zip(*room.pending, strict=True)
+            self.wait(counters, values)
+            room.pending = []
+        return room
+
+    def retire(self, room: Room, stream: int, pending: Sequence[tuple[int, int]]) -> None:
+        """Give a slot back. Safe in a finalizer: it only appends."""
+        self._retired.append((room, stream, pending))
+
+    def abandon(self, invocation: Invocation) -> None:
+        """The backward of an invocation will not come. Safe in a finalizer: it only appends."""
+        links = tuple(share.link for share in invocation.crossing.shares)
+        self._abandoned.append((links, invocation.id))
+
+    def submit(self, shares: Sequence[Share], counters: Sequence[int]) -> tuple[int, ...]:
+        """Number the next piece of work of each share's worker, and release the workers in stream order."""
+        self._drop_abandoned()
+        sequence = tuple(share.link.next_sequence() for share in shares)
+        if self.device.kind == "cuda":
+            self._follow_last_stream()
+            self.device.signal(counters, sequence)
+            self._remember_stream()
+        return sequence
+
+    def wait(self, counters: Sequence[int], values: Sequence[int]) -> None:
+        """Wait until the workers have done their work (on a GPU: make the stream wait)."""
+        try:
+            self.device.wait(counters, values, self.settings.timeout_s * GRACE + 10)
+        except TimeoutError as error:
+            raise WorkerError(f"a worker did not answer, and neither did its stand-in: {error}") from error
+        if self.device.kind == "cpu":
+            self.check()
+
+    def flags(self) -> m.Flags:
+        return modes.flags()
+
+    def bind(self, crossing: Crossing, args: Sequence[Any]) -> None:
+        """Make sure that the workers see the parameters and buffers where they are now."""
+        for share in crossing.shares:
+            tensors = [args[share.args[i]] for i in share.static_inputs]
+            if [tensor.data_ptr() for tensor in tensors] != share.pointers:
+                self._bind(share, tensors)
+
+    def reserve_random(self, crossing: Crossing) -> tuple[list[m.Rng | None], int]:
+        """Give each random op of a region its place in the generator's sequence, and step over them all."""
+        if not crossing.random_total:
+            return [None] * len(crossing.shares), 0
+        generator = self._generator()
+        start = generator.get_offset()
+        generator.set_offset(start + crossing.random_total)
+        seed = generator.initial_seed()
+        return [m.Rng(seed, tuple(start + s for s in share.spans)) for share in crossing.shares], start
+
+    def seek(self, handle: tuple[Invocation, object], offset: int) -> None:
+        """Put the generator at an offset from where the region of `handle` started."""
+        self._generator().set_offset(handle[0].random_start + offset)
+
+    @contextlib.contextmanager
+    def random_replayed(self, rng: m.Rng | None) -> Iterator[Callable[[int], None] | None]:
+        """Run random ops at the places they had, and put the generator back afterwards."""
+        if rng is None:
+            yield None
+            return
+        generator = self._generator()
+        before = generator.get_offset()
+        try:
+            yield lambda ordinal: generator.set_offset(rng.offsets[ordinal])
+        finally:
+            generator.set_offset(before)
+
+    def _generator(self) -> torch.Generator:
+        return torch.cuda.default_generators[torch.cuda.current_device()]
+
+    # ---- set-up of crossings
+
+    def prepare(self, crossing: Crossing, args: Sequence[Any]) -> None:
+        """Send programs, parameters and layouts to the workers of a crossing. Does not wait."""
+        with self.lock:
+            for share in crossing.shares:
+                share.link.send(m.Load(share.job, share.program))
+            self.bind(crossing, args)
+            for share in crossing.shares:
+                share.link.send(share.layout)
+
+    def is_ready(self, crossing: Crossing) -> bool:
+        """Whether every worker of a crossing has prepared its part."""
+        return all(share.layout.layout in share.link.prepared for share in crossing.shares)
+
+    def wait_ready(self, crossings: Sequence[Crossing]) -> bool:
+        """Wait until all of these are prepared; False where a worker was lost on the way or time ran out."""
+        deadline = time.monotonic() + self.settings.timeout_s * GRACE
+        links = [share.link for crossing in crossings for share in crossing.shares]
+        with self._changed:
+            while not all(self.is_ready(crossing) for crossing in crossings):
+                left_s = deadline - time.monotonic()
+                if left_s <= 0 or any(link.lost for link in links):
+                    return False
+                self._changed.wait(min(left_s, 1.0))
+        return True
+
+    def counts(self, timeout_s: float = 10.0) -> dict[int, m.Counts]:
+        """How often each worker ran each job, asked of the workers themselves."""
+        asked = [link for link in self.links if link.started and link.lost is None]
+        with self.lock:
+            for link in asked:
+                link.counts = None
+                link.send(m.Count())
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            while any(link.counts is None and link.lost is None for link in asked) and time.monotonic() < deadline:
+                self._changed.wait(0.1)
+        return {link.index: link.counts for link in asked if link.counts is not None}
+
+    def usable(self) -> list[int]:
+        """The workers that can be planned with: all which are not lost."""
+        return [link.index for link in self.links if link.lost is None]
+
+    def _bind(self, share: Share, tensors: Sequence[torch.Tensor]) -> None:
+        refs = self.device.export(tensors)
+        handles = self.device.exported()
+        share.link.map_exports({ref.chunk: handles[ref.chunk] for ref in refs}, set(handles))
+        wants = {place.index for place in share.layout.grad_inputs}
+        statics = [m.Static(i, r, i in wants) for i, r in zip(share.static_inputs, refs, strict=True)]
+        share.link.send(m.Bind(share.job, statics))
+        share.statics = dict(zip(share.static_inputs, tensors, strict=True))
+        share.pointers = [tensor.data_ptr() for tensor in tensors]
+
+    def _announce(self, handle: ChunkHandle) -> None:
+        for link in self.links:
+            link.send(m.Map(handle))
+
+    def _drop_abandoned(self) -> None:
+        dropped: dict[Link, list[int]] = {}
+        while self._abandoned:
+            links, invocation = self._abandoned.popleft()
+            for link in links:
+                dropped.setdefault(link, []).append(invocation)
+        for link, invocations in dropped.items():
+            link.send(m.Drop(invocations))
+
+    def _follow_last_stream(self) -> None:
+        """A worker's counter must grow in the order of its messages, whatever stream they are submitted from."""
+        if self._stream_end is not None and self._stream_end[0] != self.device.stream_key():
+            torch.cuda.current_stream().wait_event(self._stream_end[1])
+
+    def _remember_stream(self) -> None:
+        event = torch.cuda.Event() if self._stream_end is None else self._stream_end[1]
+        event.record()
+        self._stream_end = (self.device.stream_key(), event)
+
+    # ---- the watching thread
+
+    def _watch(self) -> None:
+        if self.device.kind == "cuda":
+            torch.cuda.set_device(self.device.index)  # type: ignore[attr-defined]
+        while not self._closing:
+            try:
+                self._look()
+            except Exception as error:  # the thread that ends every wait must not end itself
+                self._error = error if isinstance(error, MpsrunError) else MpsrunError(f"coordinator: {error!r}")
+
+    def _look(self) -> None:
+        message = self._channel.receive(POLL_S)
+        while message is not None:
+            self._hear(message)
+            message = self._channel.receive(0)
+        self._settle()
+        for link in self.links:
+            self._examine(link)
+            if link.lost is not None and link.tasks:
+                self._finish(link)
+
+    def _hear(self, message: m.ToLead) -> None:
+        if not 1 <= message.worker <= len(self.links):
+            raise MpsrunError(f"expected a report of workers 1 to {len(self.links)}, found one of {message.worker}")
+        link = self.links[message.worker - 1]
+        match message:
+            case m.Ready():
+                link.ready(message)
+            case m.Started():
+                link.started = True
+            case m.Prepared():
+                link.prepared.add(message.layout)
+            case m.Counts():
+                link.counts = message
+            case m.Failed():
+                self._lose(link, f"{message.kind}: {message.text}", message)
+        with self._changed:
+            self._changed.notify_all()
+
+    def _start(self, link: Link) -> None:
+        index = getattr(self.device, "index", 0)
+        threads = max(1, available_cores() // (len(self.links) + 1))
+        counters = self._counters.handle
+        start = m.Start(m.PROTOCOL, self.device.kind, index, counters, link.submitted, link.done, threads)
+        link.send(start)
+
+    def _settle(self) -> None:
+        if not any(link.tasks for link in self.links):
+            return
+        counters = self.device.read_counters()
+        if counters is not None:
+            for link in self.links:
+                if link.lost is None:
+                    link.settle(counters[link.done])
+
+    def _examine(self, link: Link) -> None:
+        if link.lost is not None:
+            return
+        if link.exited():
+            self._lose(link, f"process {link.pid} ended", None)
+        elif link.tasks and time.monotonic() - link.tasks[0].since > self.settings.timeout_s:
+            self._lose(link, f"no answer for {self.settings.timeout_s:g} s", None)
+            if link.pid is not None:
+                self._end_worker(link.pid)
+
+    def _lose(self, link: Link, reason: str, failure: m.Failed | None) -> None:
+        if link.lost is not None:
+            return
+        with self.lock:
+            link.lost = reason
+            self.epoch += 1
+        details = f"\n{failure.traceback}" if failure is not None else ""
+        log.say(f"worker {link.index} is out: {reason}; the run goes on without it{details}")
+        if self.settings.strict:
+            self._error = as_lead_error(link.index, reason, failure)
+        with self._changed:
+            self._changed.notify_all()
+
+    def _finish(self, link: Link) -> None:
+        try:
+            self._standin.finish(link)
+        except Exception as error:  # what the plain script would have raised here
+            self._error = error
+
+    # ---- the end
+
+    def close(self) -> None:
+        """Stop the workers and the thread; the workers unmap before the memory goes."""
+        self._closing = True
+        self._thread.join(self.settings.timeout_s)
+        for link in self.links:
+            link.send(m.Stop())
+            link.close()
+        self._channel.close()
+
+
+def as_lead_error(worker: int, reason: str, failure: m.Failed | None) -> Exception:
+    """A worker's exception as one of the lead: the same type where it is a builtin or torch's, with its traceback."""
+    if failure is None:
+        return WorkerError(f"worker {worker} is out: {reason}")
+    text = f"{failure.text}\n\nin worker {worker}:\n{failure.traceback}"
+    kind = getattr(builtins, failure.kind, None) or getattr(torch, failure.kind, None)
+    if isinstance(kind, type) and issubclass(kind, Exception):
+        try:
+            return kind(text)
+        except TypeError:  # a type that wants more than a text
+            return WorkerError(f"{failure.kind}: {text}")
+    return WorkerError(f"{failure.kind}: {text}")
+
+
+def open_coordinator(settings: Config, kind: str, index: int, end_worker: Callable[[int], None]) -> Coordinator:
+    """A coordinator for one device of this process."""
+    return Coordinator(settings, open_device(kind, index), end_worker)

@@ -1,0 +1,174 @@
+"""Runs jobs on slots: the one piece that computes a branch, in a worker and in the lead's stand-in alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mpsrun.device import Chunk, Device
+from mpsrun.device.arena import Room
+from mpsrun.graph.program import Program, State, build
+from mpsrun.graph.state import applied
+from mpsrun.wire.messages import Backward, Forward, Place, Prepare, Rng, Slot
+
+
+@dataclass(eq=False)
+class Job:
+    """A program with its parameters and buffers bound.
+
+    Buffers that the program writes are worked on in a private copy, whose new values go into the slot: a job has no
+    side effect, so that it can be run again by somebody else.
+    """
+
+    program: Program
+    function: Callable[..., tuple[torch.Tensor, ...]]
+    statics: dict[int, torch.Tensor] = field(default_factory=dict)
+    private: dict[int, torch.Tensor] = field(default_factory=dict)
+    values: list[Any] = field(default_factory=list)
+
+    def bind(self, statics: dict[int, torch.Tensor]) -> None:
+        """Use these tensors, by input index; a parameter that wants a gradient is a leaf with `requires_grad`."""
+        self.statics = statics
+        self.private = {i: statics[i].detach().clone() for i in self.program.writes}
+        self.values = [self.private.get(i, statics.get(i)) for i in range(len(self.program.inputs))]
+
+
+@dataclass(eq=False)
+class _Saved:
+    """What a forward leaves for its backward: the leaves by input index, and the outputs."""
+
+    leaves: dict[int, torch.Tensor]
+    outputs: Sequence[torch.Tensor]
+
+
+class Executor:
+    """Forward and backward of jobs, reading from and writing to slots.
+
+    It neither waits nor signals: who calls it knows the order.
+    """
+
+    def __init__(self, device: Device, chunk: Callable[[int], Chunk]) -> None:
+        self._device = device
+        self._chunk = chunk
+        self._rooms: dict[tuple[int, int], Room] = {}
+        self._saved: dict[int, _Saved] = {}
+        self._offsets: tuple[int, ...] = ()
+        self._generator = torch.cuda.default_generators[device.index] if device.kind == "cuda" else None  # type: ignore[attr-defined]
+        self.jobs: dict[int, Job] = {}
+        self.layouts: dict[int, Prepare] = {}
+
+    def load(self, job: int, program: Program) -> None:
+        self.jobs[job] = Job(program, build(program, seek=self._seek))
+
+    def forget(self, layouts: Sequence[int], jobs: Sequence[int]) -> None:
+        for layout in layouts:
+            self.layouts.pop(layout, None)
+        for job in jobs:
+            self.jobs.pop(job, None)
+
+    def forward(self, message: Forward, write: bool = True) -> None:
+        """Compute a job's outputs and the new values of its buffers into the slot.
+
+        `write=False` leaves the slot alone: a forward done again for its backward, when the outputs are in use.
+        """
+        layout = self.layouts[message.layout]
+        inputs = self._views(message.slot, layout, "inputs", layout.inputs)
+        outputs, leaves = self._compute(layout, inputs, message.state, message.rng)
+        if layout.grad:
+            self._saved[message.invocation] = _Saved(leaves, outputs)
+        if not write:
+            return
+        job = self.jobs[layout.job]
+        targets = self._views(message.slot, layout, "outputs", layout.outputs)
+        results = [output.detach() for output in outputs]
+        if layout.writes:
+            targets = targets + self._views(message.slot, layout, "writes", layout.writes)
+            results += [job.private[place.index] for place in layout.writes]
+        copy_all(targets, results)
+
+    def _compute(
+        self, layout: Prepare, inputs: Sequence[torch.Tensor], state: State, rng: Rng | None
+    ) -> tuple[Sequence[torch.Tensor], dict[int, torch.Tensor]]:
+        job = self.jobs[layout.job]
+        values = list(job.values)
+        for place, tensor in zip(layout.inputs, inputs, strict=True):
+            values[place.index] = tensor.detach().requires_grad_(place.requires_grad)
+        for index, number in layout.ints.items():
+            values[index] = number
+        if job.private:
+            # Through `.data`: autograd may have saved the private copy, and may rely on it having one version.
+            copy_all([t.data for t in job.private.values()], [job.statics[i].detach() for i in job.private])
+        if rng is not None and self._generator is not None:
+            self._generator.manual_seed(rng.seed)
+            self._offsets = rng.offsets
+        with applied(state):
+            outputs = job.function(*values)
+        return outputs, {i: v for i, v in enumerate(values) if isinstance(v, torch.Tensor) and v.requires_grad}
+
+    def backward(self, message: Backward) -> None:
+        """Compute the gradients that are asked for into the slot; zeros where a gradient turns out not to exist."""
+        layout = self.layouts[message.layout]
+        saved = self._saved[message.invocation] if message.keep else self._saved.pop(message.invocation)
+        incoming = self._views(message.slot, layout, "grad_outputs", layout.grad_outputs)
+        outgoing = self._views(message.slot, layout, "grad_inputs", layout.grad_inputs)
+        by_index = {place.index: view for place, view in zip(layout.grad_inputs, outgoing, strict=True)}
+        gradients = torch.autograd.grad(
+            [saved.outputs[i] for i in message.outputs],
+            [saved.leaves[i] for i in message.inputs],
+            [incoming[i] for i in message.outputs],
+            retain_graph=message.keep,
+            allow_unused=True,
+        )
+        targets = [by_index[i] for i in message.inputs]
+        for target, gradient in zip(targets, gradients, strict=True):
+            if gradient is None:
+                target.zero_()
+        found = [(t, g) for t, g in zip(targets, gradients, strict=True) if g is not None]
+        copy_all([t for t, _ in found], [g for _, g in found])
+
+    def has(self, invocation: int) -> bool:
+        """Whether the forward of this invocation left what its backward needs."""
+        return invocation in self._saved
+
+    def drop(self, invocations: Sequence[int]) -> None:
+        for invocation in invocations:
+            self._saved.pop(invocation, None)
+
+    def warm_up(self, message: Prepare) -> None:
+        """Run a layout once on zeros: loads kernels and fills the allocator before anybody waits for it."""
+        inputs = [_zeros(place, self._device) for place in message.inputs]
+        outputs, leaves = self._compute(message, inputs, message.state, None)
+        wanted = [leaves[place.index] for place in message.grad_inputs]
+        differentiable = [output for output in outputs if output.requires_grad]
+        if message.grad and wanted and differentiable:
+            ones = [torch.ones_like(output) for output in differentiable]
+            torch.autograd.grad(differentiable, wanted, ones, allow_unused=True)
+        self._device.synchronize()
+
+    def _views(self, slot: Slot, layout: Prepare, part: str, places: Sequence[Place]) -> list[torch.Tensor]:
+        key = (slot.chunk, slot.offset_bytes)
+        room = self._rooms.get(key)
+        if room is None:
+            room = self._rooms[key] = Room(self._chunk(slot.chunk), slot.offset_bytes, 0)
+        return room.tensors(layout.layout, part, [place.tensor for place in places])
+
+    def _seek(self, ordinal: int) -> None:
+        if self._generator is not None and self._offsets:
+            self._generator.set_offset(self._offsets[ordinal])
+
+
+def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copy each source into its target: one launch for many small tensors on a GPU; nothing is recorded."""
+    if targets:
+        with torch.no_grad():
+            torch._foreach_copy_(list(targets), list(sources))
+
+
+def _zeros(place: Place, device: Device) -> torch.Tensor:
+    ref = place.tensor
+    where = torch.device("cuda", device.index) if device.kind == "cuda" else torch.device("cpu")  # type: ignore[attr-defined]
+    tensor = torch.empty_strided(ref.shape, ref.stride, dtype=getattr(torch, ref.dtype), device=where)
+    return tensor.zero_()

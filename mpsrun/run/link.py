@@ -1,0 +1,111 @@
+"""The lead's view of one worker: what it has been told, what it still owes, and whether it can be relied on."""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mpsrun.device import ChunkHandle
+from mpsrun.errors import MpsrunError
+from mpsrun.wire import messages as m
+from mpsrun.wire.channel import LeadChannel
+
+if TYPE_CHECKING:
+    from mpsrun.run.crossing import Share
+
+SEQUENCE_MASK = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Task:
+    """Work that was handed out: enough for somebody else to do it."""
+
+    seq: int
+    message: m.Forward | m.Backward
+    forward: m.Forward
+    share: Share
+    since: float
+
+
+class Link:
+    """One worker. Sends are ordered by the caller's lock.
+
+    States: *coming* (no Ready yet), *up* (started), *lost* (its tasks are the stand-in's). There is no way back.
+    """
+
+    def __init__(self, index: int, channel: LeadChannel) -> None:
+        self.index = index
+        self.submitted, self.done = 2 * (index - 1), 2 * (index - 1) + 1
+        self.pid: int | None = None
+        self.started = False
+        self.lost: str | None = None
+        self.prepared: set[int] = set()
+        self.tasks: deque[Task] = deque()
+        self.counts: m.Counts | None = None
+        self._channel = channel
+        self._sequence = 0
+        self._flags: m.Flags | None = None
+        self._mapped: set[int] = set()
+        self._pidfd: int | None = None
+
+    def ready(self, message: m.Ready) -> None:
+        """The worker is there. Raises where it speaks another protocol or is gone already."""
+        if message.protocol != m.PROTOCOL:
+            raise MpsrunError(f"worker {self.index}: expected protocol {m.PROTOCOL}, found {message.protocol}")
+        self.pid = message.pid
+        try:
+            self._pidfd = os.pidfd_open(message.pid)
+        except ProcessLookupError as error:
+            raise MpsrunError(f"worker {self.index} (pid {message.pid}) ended before it started") from error
+
+    def exited(self) -> bool:
+        """Whether the process has ended."""
+        if self._pidfd is None:
+            return False
+        return bool(select.select([self._pidfd], [], [], 0)[0])
+
+    def next_sequence(self) -> int:
+        self._sequence = (self._sequence + 1) & SEQUENCE_MASK
+        return self._sequence
+
+    def changed_flags(self, flags: m.Flags) -> m.Flags | None:
+        """The global settings, if they are not what this worker was told last."""
+        if flags == self._flags:
+            return None
+        self._flags = flags
+        return flags
+
+    def send(self, message: m.ToWorker) -> None:
+        """Tell the worker something. A lost one is not told anything."""
+        if self.lost is None:
+            self._channel.send(self.index, message)
+
+    def hand_out(self, message: m.Forward | m.Backward, forward: m.Forward, share: Share) -> None:
+        """Send work, and remember it until it is done."""
+        self.tasks.append(Task(message.seq, message, forward, share, time.monotonic()))
+        self.send(message)
+
+    def map_exports(self, wanted: dict[int, ChunkHandle], alive: set[int]) -> None:
+        """Have the worker map these exported chunks, and unmap those which are no longer alive."""
+        gone = [chunk for chunk in self._mapped if chunk not in alive]
+        if gone:
+            self._mapped.difference_update(gone)
+            self.send(m.Unmap(gone))
+        for chunk, handle in wanted.items():
+            if chunk not in self._mapped:
+                self._mapped.add(chunk)
+                self.send(m.Map(handle))
+
+    def settle(self, done: int) -> None:
+        """Forget the tasks up to sequence number `done`."""
+        while self.tasks and (done - self.tasks[0].seq) & SEQUENCE_MASK < SEQUENCE_MASK // 2:
+            self.tasks.popleft()
+
+    def close(self) -> None:
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None

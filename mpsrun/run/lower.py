@@ -1,0 +1,204 @@
+"""A graph with its regions lowered: the same ops, with Fork and Join where a region starts and ends."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from mpsrun.errors import NotShippable
+from mpsrun.graph.effects import Effects
+from mpsrun.graph.regions import Region
+from mpsrun.graph.state import State, applied, is_state_node
+from mpsrun.run.crossing import Crossing, fork, join
+from mpsrun.run.specialize import Cut
+
+
+@dataclass(frozen=True, eq=False)
+class Lowered:
+    """A region, what crosses at it, and how."""
+
+    region: Region
+    crossing: Crossing
+    cut: Cut
+
+    @property
+    def nodes(self) -> frozenset[fx.Node]:
+        return frozenset(node for branch in self.region.branches for node in branch.nodes)
+
+
+def lower(gm: fx.GraphModule, effects: Effects, regions: Sequence[Lowered]) -> Callable[..., Any]:
+    """A function like `gm.forward` that runs these regions on their lanes.
+
+    Nodes keep the order of the program except where a region needs to be in one piece. Raises `NotShippable` where two
+    regions cannot both be in one piece.
+    """
+    emitter = _Emitter(effects, regions)
+    graph = emitter.emit(gm.graph)
+    lowered = fx.GraphModule(gm, graph)
+    modes = emitter.modes
+
+    def run(*args: Any) -> Any:
+        try:
+            return lowered.forward(*args)
+        except BaseException:
+            modes.unwind()
+            raise
+
+    return run if modes.used else lowered.forward
+
+
+class _Modes:
+    """Brackets of autocast and grad modes that are open in a lowered graph."""
+
+    def __init__(self) -> None:
+        self.used = False
+        self._open: list[Any] = []
+
+    def enter(self, state: State) -> Callable[[], None]:
+        self.used = True
+
+        def enter_mode() -> None:
+            bracket = applied(state)
+            bracket.__enter__()
+            self._open.append(bracket)
+
+        return enter_mode
+
+    def leave_mode(self) -> None:
+        self._open.pop().__exit__(None, None, None)
+
+    def unwind(self) -> None:
+        """Close what an exception left open."""
+        while self._open:
+            self.leave_mode()
+
+
+class _Emitter:
+    def __init__(self, effects: Effects, regions: Sequence[Lowered]) -> None:
+        self.modes = _Modes()
+        self._effects = effects
+        self._regions = regions
+        self._graph = fx.Graph()
+        self._values: dict[fx.Node, fx.Node] = {}
+        self._state: State | None = None
+
+    def emit(self, source: fx.Graph) -> fx.Graph:
+        body = []
+        for node in source.nodes:
+            if node.op == "placeholder":
+                self._copy(node)
+            elif node.op != "output" and not is_state_node(node):
+                body.append(node)
+        self._emit_group(body, self._regions)
+        self._set_state(None)
+        self._copy(source.output_node())
+        return self._graph
+
+    def _emit_group(self, nodes: Sequence[fx.Node], regions: Sequence[Lowered], handle: _Handle | None = None) -> None:
+        """Emit nodes in program order, each of the outermost regions among them in one piece."""
+        inside = set(nodes)
+        fitting = [r for r in regions if r.nodes <= inside]
+        outer = [r for r in fitting if not any(r.nodes < other.nodes for other in fitting)]
+        unit_of: dict[fx.Node, Any] = {node: node for node in nodes}
+        for region in outer:
+            unit_of.update(dict.fromkeys(region.nodes, region))
+        for unit in self._ordered(nodes, unit_of):
+            if isinstance(unit, Lowered):
+                self._emit_region(unit, [r for r in fitting if r is not unit])
+            else:
+                self._emit_node(unit, handle)
+
+    def _ordered(self, nodes: Sequence[fx.Node], unit_of: Mapping[fx.Node, Any]) -> Iterable[Any]:
+        """Units in topological order, earliest in the program first."""
+        effects = self._effects
+        rank: dict[Any, int] = {}
+        before: dict[Any, set[Any]] = {}
+        for node in nodes:
+            unit = unit_of[node]
+            rank[unit] = min(rank.get(unit, effects.order[node]), effects.order[node])
+            sources = effects.deps.get(node, set()) | effects.random_order.get(node, set())
+            needs = before.setdefault(unit, set())
+            needs.update(unit_of[s] for s in sources if s in unit_of and unit_of[s] is not unit)
+        after: dict[Any, list[Any]] = {}
+        for unit, needs in before.items():
+            for need in needs:
+                after.setdefault(need, []).append(unit)
+        left = {unit: len(needs) for unit, needs in before.items()}
+        index = {unit: i for i, unit in enumerate(before)}
+        heap = [(rank[unit], index[unit], unit) for unit in before if not left[unit]]
+        heapq.heapify(heap)
+        count = 0
+        while heap:
+            _, _, unit = heapq.heappop(heap)
+            count += 1
+            yield unit
+            for follower in after.get(unit, ()):
+                left[follower] -= 1
+                if not left[follower]:
+                    heapq.heappush(heap, (rank[follower], index[follower], follower))
+        if count < len(before):
+            raise NotShippable("it is interleaved with another region")
+
+    def _emit_region(self, lowered: Lowered, regions: Sequence[Lowered]) -> None:
+        self._set_state(None)
+        crossing, cut = lowered.crossing, lowered.cut
+        number = lowered.region.index
+        args = tuple(self._values[node] for node in cut.args)
+        handle = self._graph.call_function(_named(f"fork_{number}", lambda *a: fork(crossing, a)), args)
+        self._emit_group(cut.own, regions, _Handle(crossing, handle, cut.random))
+        self._set_state(None)
+        outputs = self._graph.call_function(_named(f"join_{number}", join), (handle,))
+        for i, node in enumerate(cut.outputs):
+            self._values[node] = self._graph.call_function(_item, (outputs, i))
+
+    def _emit_node(self, node: fx.Node, handle: _Handle | None) -> None:
+        self._set_state(self._effects.facts[node].state)
+        start = handle.random.get(node) if handle is not None else None
+        if handle is None or start is None or not handle.crossing.random_total:
+            self._copy(node)
+            return
+        owner, total = handle.crossing.owner, handle.crossing.random_total
+        self._graph.call_function(_named("seek", owner.seek), (handle.node, start))
+        self._copy(node)
+        self._graph.call_function(_named("seek", owner.seek), (handle.node, total))
+
+    def _copy(self, node: fx.Node) -> None:
+        self._values[node] = self._graph.node_copy(node, lambda source: self._values[source])
+
+    def _set_state(self, state: State | None) -> None:
+        if state == self._state:
+            return
+        if self._state is not None:
+            self._graph.call_function(_named("leave_mode", self.modes.leave_mode), ())
+        if state is not None:
+            self._graph.call_function(_named("enter_mode", self.modes.enter(state)), ())
+        self._state = state
+
+
+@dataclass(frozen=True)
+class _Handle:
+    """An open region: its node in the new graph, and where the lead's own random ops draw."""
+
+    crossing: Crossing
+    node: fx.Node
+    random: Mapping[fx.Node, int]
+
+
+def _item(values: Sequence[torch.Tensor], index: int) -> torch.Tensor:
+    return values[index]
+
+
+def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that fx can write down as a global of its own."""
+
+    def call(*args: Any) -> Any:
+        return function(*args)
+
+    call.__name__ = call.__qualname__ = name
+    call.__module__ = "mpsrun"
+    return call

@@ -1,0 +1,250 @@
+"""From a planned region and what was seen of its tensors to a Crossing: programs, layouts, places in the slots."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from mpsrun.errors import NotShippable
+from mpsrun.graph.effects import Effects
+from mpsrun.graph.program import Program, State, extract
+from mpsrun.graph.regions import Region
+from mpsrun.plan.plan import Assignment
+from mpsrun.run import state as modes
+from mpsrun.run.coordinator import Coordinator
+from mpsrun.run.crossing import Crossing, Flat, Share
+from mpsrun.run.layout import Gradients, Packer, TensorMeta, contiguous_stride, trace_gradients
+from mpsrun.wire import messages as m
+
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one plain run of a graph showed: metas (or ints) by node, and how far each random op moved the generator."""
+
+    metas: Mapping[fx.Node, TensorMeta | int]
+    random_steps: Mapping[fx.Node, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A region cut along its plan: what crosses.
+
+    args: outside nodes which the workers need. outputs: nodes of the workers which others need. own: nodes left to
+    the lead. random: by node of the lead, the offset of its draws from the region's start.
+    """
+
+    args: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    own: tuple[fx.Node, ...]
+    random: Mapping[fx.Node, int]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One worker's nodes as a program; `args` and `metas` are by input of the program."""
+
+    worker: int
+    program: Program
+    args: tuple[int, ...]
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    metas: tuple[TensorMeta | int, ...]
+    random: tuple[fx.Node, ...]
+    gradients: Gradients
+
+
+class Cutter:
+    """Cuts the regions of one graph; one object a graph."""
+
+    def __init__(self, coordinator: Coordinator, effects: Effects, returned: Sequence[fx.Node]) -> None:
+        self._coordinator = coordinator
+        self._effects = effects
+        facts = effects.facts
+        self._visible = frozenset().union(*(facts[node].outputs for node in returned)) if returned else frozenset()
+
+    def cut(self, region: Region, assignment: Assignment, seen: Observation) -> tuple[Crossing, Cut]:
+        """The crossing of a region under an assignment. Raises `NotShippable` with the reason."""
+        device = _device_of(region, seen)
+        if device.type != self._coordinator.device.kind:
+            raise NotShippable(f"its tensors are on {device}, the workers use {self._coordinator.device.kind}")
+        state = modes.ambient(device.type)
+        parts = self._parts(region, assignment, seen, state)
+        args = tuple(dict.fromkeys(node for part in parts for node in part.inputs))
+        outputs = tuple(node for part in parts for node in part.outputs)
+        taken = {n for branch, lane in zip(region.branches, assignment.lanes, strict=True) if lane for n in branch.nodes}
+        own = tuple(n for branch in region.branches for n in branch.nodes if n not in taken)
+        starts, total = _random_starts(region, seen)
+        crossing = self._crossing(parts, args, seen, state, device, starts, total)
+        return crossing, Cut(args, outputs, own, {n: s for n, s in starts.items() if n not in taken})
+
+    def _parts(self, region: Region, assignment: Assignment, seen: Observation, state: State) -> list[_Part]:
+        found = []
+        arg_of: dict[fx.Node, int] = {}
+        for worker in sorted(set(assignment.lanes) - {0}):
+            chosen = [b for b, lane in zip(region.branches, assignment.lanes, strict=True) if lane == worker]
+            nodes = sorted((n for b in chosen for n in b.nodes), key=self._effects.order.__getitem__)
+            outputs = [node for branch in chosen for node in branch.outputs]
+            program, inputs = extract(nodes, self._effects, outputs)
+            metas = tuple(seen.metas[node] for node in inputs)
+            for node in inputs:
+                arg_of.setdefault(node, len(arg_of))
+            gradients = trace_gradients(program, metas, state)
+            args = tuple(arg_of[node] for node in inputs)
+            random = tuple(node for node in nodes if self._effects.facts[node].random)
+            found.append(_Part(worker, program, args, tuple(inputs), tuple(outputs), metas, random, gradients))
+        return found
+
+    def _crossing(
+        self,
+        parts: Sequence[_Part],
+        args: Sequence[fx.Node],
+        seen: Observation,
+        state: State,
+        device: torch.device,
+        starts: Mapping[fx.Node, int],
+        random_total: int,
+    ) -> Crossing:
+        grad = torch.is_grad_enabled() and any(any(part.gradients.differentiable) for part in parts)
+        forward, backward = Packer(), Packer()
+        places = {i: forward.place(i, x) for i, x in _published(parts, args, seen)}
+        outputs: list[m.Place] = []
+        shares: list[Share] = []
+        writes: list[tuple[int, m.Place, bool]] = []
+        for part in parts:
+            share = self._share(part, places, seen, state, grad, forward, backward, len(outputs))
+            outputs += share.layout.outputs
+            hidden = dict(zip(part.program.writes, part.program.hidden, strict=True))
+            writes += [(part.args[p.index], p, hidden[p.index]) for p in share.layout.writes]
+            share.spans = tuple(starts[node] for node in part.random)
+            shares.append(share)
+        wanted = {s.args[p.index] for s in shares for p in s.layout.grad_inputs}
+        return Crossing(
+            owner=self._coordinator,
+            shares=tuple(shares),
+            inputs=tuple(places.values()),
+            outputs=tuple(outputs),
+            differentiable=tuple(d for part in parts for d in part.gradients.differentiable),
+            escapes=tuple(self._escapes(node) for part in parts for node in part.outputs),
+            saved=tuple(sorted({part.args[i] for part in parts for i in part.gradients.saved - {*part.program.writes}})),
+            wanted=tuple(sorted(wanted)),
+            writes=tuple(writes),
+            forward_bytes=forward.size_bytes,
+            backward_bytes=backward.size_bytes,
+            grad=grad,
+            device=device,
+            random_total=random_total,
+            key=next(_numbers),
+        )
+
+    def _share(
+        self,
+        part: _Part,
+        places: Mapping[int, m.Place],
+        seen: Observation,
+        state: State,
+        grad: bool,
+        forward: Packer,
+        backward: Packer,
+        first_output: int,
+    ) -> Share:
+        out_metas = [_tensor(seen.metas[node], node) for node in part.outputs]
+        tensors = [i for i, x in enumerate(part.program.inputs) if x.kind == "tensor"]
+        grad_inputs, flats = _place_gradients(part, backward) if grad else ([], ())
+        layout = m.Prepare(
+            layout=next(_numbers),
+            job=next(_numbers),
+            grad=grad,
+            state=state,
+            inputs=[_at(places[part.args[i]], i, part.metas[i]) for i in tensors],
+            ints={i: x for i, x in enumerate(part.metas) if isinstance(x, int)},
+            outputs=[forward.place(i, x) for i, x in enumerate(out_metas)],
+            writes=[forward.place(i, _tensor(part.metas[i], part.inputs[i])) for i in part.program.writes],
+            grad_outputs=[backward.place(i, x) for i, x in enumerate(out_metas)] if grad else [],
+            grad_inputs=grad_inputs,
+        )
+        span = range(first_output, first_output + len(out_metas))
+        link = self._coordinator.links[part.worker - 1]
+        return Share(link, layout.job, part.program, layout, part.args, part.gradients, span, flats)
+
+    def _escapes(self, node: fx.Node) -> bool:
+        return bool(self._effects.facts[node].outputs & self._visible)
+
+
+def _published(
+    parts: Sequence[_Part], args: Sequence[fx.Node], seen: Observation
+) -> list[tuple[int, TensorMeta]]:
+    """The arguments that are neither parameters nor buffers: they travel in every step."""
+    kinds = {arg: x.kind for part in parts for arg, x in zip(part.args, part.program.inputs, strict=True)}
+    return [(i, _tensor(seen.metas[args[i]], args[i])) for i in sorted(kinds) if kinds[i] == "tensor"]
+
+
+def _place_gradients(part: _Part, packer: Packer) -> tuple[list[m.Place], tuple[Flat, ...]]:
+    """Places for the gradients of a part: parameters of one dtype side by side, everything else by itself."""
+    reached = part.gradients.reached(range(len(part.outputs)))
+    metas = {i: _tensor(part.metas[i], part.inputs[i]) for i in reached}
+    groups: dict[torch.dtype, list[int]] = {}
+    for i, meta in metas.items():
+        if part.program.inputs[i].kind == "parameter" and meta.stride == contiguous_stride(meta.shape):
+            groups.setdefault(meta.dtype, []).append(i)
+    flat = {i for group in groups.values() for i in group}
+    places = [packer.place(i, meta) for i, meta in metas.items() if i not in flat]
+    flats = []
+    for dtype, members in groups.items():
+        packer.align()
+        row = [packer.place(i, metas[i], align_bytes=dtype.itemsize) for i in members]
+        first, count = row[0].tensor, sum(torch.Size(metas[i].shape).numel() for i in members)
+        whole = m.TensorRef(0, first.offset_bytes, (count,), (1,), first.dtype)
+        like = tuple(torch.empty(metas[i].shape, dtype=dtype, device="meta") for i in members)
+        flats.append(Flat(m.Place(-1, whole, False), tuple(members), like))
+        places += row
+    return places, tuple(flats)
+
+
+def _at(place: m.Place, index: int, meta: TensorMeta | int) -> m.Place:
+    wants = isinstance(meta, TensorMeta) and meta.requires_grad
+    return m.Place(index, place.tensor, wants)
+
+
+def _tensor(meta: TensorMeta | int, node: fx.Node) -> TensorMeta:
+    if not isinstance(meta, TensorMeta):
+        raise NotShippable(f"expected a tensor from {node.name}, found {meta!r}")
+    return meta
+
+
+def _device_of(region: Region, seen: Observation) -> torch.device:
+    metas = (seen.metas.get(node) for branch in region.branches for node in branch.outputs)
+    device = next((meta.device for meta in metas if isinstance(meta, TensorMeta)), None)
+    if device is None:
+        raise NotShippable("none of its branches hands out a tensor")
+    return device
+
+
+def _random_starts(region: Region, seen: Observation) -> tuple[dict[fx.Node, int], int]:
+    """Where each random op of a region draws, counted from the region's start in program order."""
+    starts: dict[fx.Node, int] = {}
+    total = 0
+    order = {node: i for i, node in enumerate(seen.random_steps)}
+    nodes = [n for branch in region.branches for n in branch.nodes if n in order]
+    for node in sorted(nodes, key=order.__getitem__):
+        starts[node] = total
+        total += seen.random_steps[node]
+    return starts, total
+
+
+def needed_nodes(regions: Sequence[Region]) -> set[fx.Node]:
+    """The nodes whose metas a plain run must note for these regions to be cut."""
+    return {n for r in regions for b in r.branches for n in (*b.inputs, *b.outputs)}
+
+
+def meta_of(value: Any) -> TensorMeta | int | None:
+    """What an Observation keeps of a value."""
+    if isinstance(value, torch.Tensor):
+        return TensorMeta.of(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None

@@ -1,0 +1,72 @@
+"""The stand-in: computes in the lead what a lost worker owes, and only then releases whoever waits for it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+
+from mpsrun.device import Chunk, Device
+from mpsrun.errors import MpsrunError
+from mpsrun.run.executor import Executor
+from mpsrun.run.link import Link, Task
+from mpsrun.wire import messages as m
+
+FOREVER_S = 1e9
+
+
+class StandIn:
+    """Works through the tasks of lost workers, in order, on a stream of its own.
+
+    It runs in the coordinator's thread: the lead's main thread may be blocked in a wait for the very result.
+    """
+
+    def __init__(self, device: Device, chunk: Callable[[int], Chunk]) -> None:
+        self._device = device
+        self._executor = Executor(device, chunk)
+        self._stream = torch.cuda.Stream() if device.kind == "cuda" else None
+
+    def finish(self, link: Link) -> int:
+        """Do everything that this link owes; returns how many tasks that were."""
+        count = 0
+        while link.tasks:
+            task = link.tasks[0]
+            with self._on_stream():
+                try:
+                    self._do(link, task)
+                finally:
+                    self._device.signal([link.done], [task.seq])
+            link.tasks.popleft()
+            count += 1
+        return count
+
+    def drop(self, invocations: list[int]) -> None:
+        """Forget forwards whose backward will not come."""
+        self._executor.drop(invocations)
+
+    def _on_stream(self) -> AbstractContextManager[object]:
+        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def _do(self, link: Link, task: Task) -> None:
+        if self._device.kind == "cuda":
+            self._device.wait([link.submitted], [task.seq], FOREVER_S)
+        self._know(task)
+        if isinstance(task.message, m.Forward):
+            self._executor.forward(task.message)
+            return
+        if not self._executor.has(task.message.invocation):  # the activations died with the worker
+            self._executor.forward(task.forward, write=False)
+        self._executor.backward(task.message)
+
+    def _know(self, task: Task) -> None:
+        share = task.share
+        if share.job not in self._executor.jobs:
+            self._executor.load(share.job, share.program)
+        self._executor.layouts[share.layout.layout] = share.layout
+        if share.statics is None:
+            raise MpsrunError("a task without its parameters")
+        wants = {place.index for place in share.layout.grad_inputs}
+        bound = {i: t.detach().requires_grad_(i in wants) for i, t in share.statics.items()}
+        self._executor.jobs[share.job].bind(bound)

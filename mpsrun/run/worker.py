@@ -1,0 +1,173 @@
+"""A worker process: does what the lead says, in the order in which it is said."""
+
+from __future__ import annotations
+
+import collections
+import os
+import signal
+import threading
+import time
+import traceback
+
+import torch
+
+from mpsrun import config
+from mpsrun.device import Chunk, ChunkHandle, Device, open_device, typed_view
+from mpsrun.errors import MpsrunError
+from mpsrun.graph.program import validate
+from mpsrun.run.executor import Executor
+from mpsrun.run.state import apply_flags
+from mpsrun.wire import messages as m
+from mpsrun.wire.channel import WorkerChannel
+
+POLL_S = 1.0
+FOREVER_S = 1e9  # a GPU-side wait; the watchdog of the lead ends it
+
+
+class Worker:
+    """Everything a worker knows: the device, the mapped chunks and the jobs."""
+
+    def __init__(self, index: int, channel: WorkerChannel) -> None:
+        self.index = index
+        self.channel = channel
+        self._device: Device | None = None
+        self._executor: Executor | None = None
+        self._chunks: dict[int, Chunk] = {}
+        self._submitted = self._done = 0
+        self._forwards: collections.Counter[int] = collections.Counter()
+        self._backwards: collections.Counter[int] = collections.Counter()
+
+    def run(self) -> None:
+        """Serve until `Stop`; what raises is reported, and nothing more is done after it."""
+        self.channel.send(m.Ready(self.index, os.getpid(), m.PROTOCOL))
+        message: m.ToWorker | None = None
+        while not isinstance(message, m.Stop):
+            message = None
+            try:
+                message = self.channel.receive(POLL_S)
+                if message is not None:
+                    self._handle(message)
+            except Exception as error:
+                self._fail(message, error)
+                self._idle()
+                return
+
+    def _handle(self, message: m.ToWorker) -> None:
+        match message:
+            case m.Forward():
+                self._step(message)
+            case m.Backward():
+                self._step(message)
+            case m.Drop():
+                self.executor.drop(message.invocations)
+            case m.Map():
+                self._chunks[message.chunk.id] = self.device.open_chunk(message.chunk)
+            case m.Unmap():
+                self._unmap(message.chunks)
+            case m.Load():
+                validate(message.program)
+                self.executor.load(message.job, message.program)
+            case m.Bind():
+                self._bind(message)
+            case m.Prepare():
+                self._prepare(message)
+            case m.Forget():
+                self.executor.forget(message.layouts, message.jobs)
+            case m.Count():
+                self.channel.send(m.Counts(self.index, dict(self._forwards), dict(self._backwards)))
+            case m.Start():
+                self._start(message)
+
+    @property
+    def device(self) -> Device:
+        if self._device is None:
+            raise MpsrunError("expected Start as the first message")
+        return self._device
+
+    @property
+    def executor(self) -> Executor:
+        if self._executor is None:
+            raise MpsrunError("expected Start as the first message")
+        return self._executor
+
+    def _start(self, message: m.Start) -> None:
+        if message.protocol != m.PROTOCOL:
+            raise MpsrunError(f"expected protocol {m.PROTOCOL}, found {message.protocol}: two versions of mpsrun?")
+        torch.set_num_threads(message.threads)
+        self._device = open_device(message.device, message.device_index)
+        self._device.bind_counters(self._map(message.counters))
+        self._executor = Executor(self._device, self._chunks.__getitem__)
+        self._submitted, self._done = message.submitted, message.done
+        self.channel.send(m.Started(self.index))
+
+    def _map(self, handle: ChunkHandle) -> Chunk:
+        chunk = self._chunks[handle.id] = self.device.open_chunk(handle)
+        return chunk
+
+    def _unmap(self, chunks: list[int]) -> None:
+        for chunk in chunks:
+            self.device.close_chunk(self._chunks.pop(chunk))
+
+    def _bind(self, message: m.Bind) -> None:
+        statics = {}
+        for static in message.statics:
+            tensor = typed_view(self._chunks[static.tensor.chunk], static.tensor)
+            statics[static.input] = tensor.requires_grad_(static.requires_grad)
+        self.executor.jobs[message.job].bind(statics)
+
+    def _prepare(self, message: m.Prepare) -> None:
+        self.executor.layouts[message.layout] = message
+        self.executor.warm_up(message)
+        self.channel.send(m.Prepared(self.index, message.layout))
+
+    def _step(self, message: m.Forward | m.Backward) -> None:
+        """Wait for the lead's tensors, compute, signal. On a GPU all three are only queued here."""
+        apply_flags(message.flags)
+        job = self.executor.layouts[message.layout].job
+        if self.device.kind == "cuda":  # on a CPU the message itself comes after the tensors
+            self.device.wait([self._submitted], [message.seq], FOREVER_S)
+        if isinstance(message, m.Forward):
+            self.executor.forward(message)
+            self._forwards[job] += 1
+        else:
+            self.executor.backward(message)
+            self._backwards[job] += 1
+        self.device.signal([self._done], [message.seq])
+
+    def _fail(self, message: m.ToWorker | None, error: Exception) -> None:
+        """Drain the device, so that nothing of this worker writes any more, then tell the lead."""
+        seq = message.seq if isinstance(message, m.Forward | m.Backward) else 0
+        text = "".join(traceback.format_exception(error))
+        if self._device is not None:
+            try:
+                self._device.synchronize()
+            except Exception as further:  # a broken CUDA context: the first error is the one to report
+                text += f"\nwhile draining the device: {further}"
+        self.channel.send(m.Failed(self.index, seq, type(error).__name__, str(error), text))
+
+    def _idle(self) -> None:
+        """Hold the memory that others may still use, until told to stop."""
+        while True:
+            try:
+                if isinstance(self.channel.receive(POLL_S), m.Stop):
+                    return
+            except MpsrunError:
+                continue
+
+
+def main(index: int) -> None:
+    """Entry point of `mpsrun worker N`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the script; the launcher ends the workers
+    settings = config.current()
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    channel = WorkerChannel(settings.worker_socket(index), settings.report_socket)
+    Worker(index, channel).run()
+    channel.close()
+    os._exit(0)  # no interpreter shutdown: CUDA IPC memory is closed by the driver, in whatever order
+
+
+def _end_with_parent(parent: int) -> None:
+    """A second line beside the parent-death signal, which is tied to a thread of the parent."""
+    while os.getppid() == parent:
+        time.sleep(POLL_S)
+    os._exit(1)

@@ -1,0 +1,1 @@
+"""Messages between lead and workers, and the sockets that carry them."""

@@ -1,0 +1,187 @@
+"""What lead and workers say to each other: nothing but typed data.
+
+A *job* is one worker's share of a region: a program with its parameters bound. A *layout* is a job for given shapes:
+where in a slot each tensor stands. A message that starts work carries a sequence number; the worker's counter reaches
+that number when the work is done.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from mpsrun.device import ChunkHandle, TensorRef
+from mpsrun.graph.program import Program, State
+
+PROTOCOL = 1
+
+
+class Slot(msgspec.Struct, frozen=True, array_like=True):
+    """Room in the arena for the tensors of one invocation: a chunk and where in it (bytes)."""
+
+    chunk: int
+    offset_bytes: int
+
+
+class Rng(msgspec.Struct, frozen=True, array_like=True):
+    """The place of each random op of a job in the lead's Philox sequence."""
+
+    seed: int
+    offsets: tuple[int, ...]
+
+
+class Static(msgspec.Struct, frozen=True, array_like=True):
+    """A parameter or buffer bound to an input of a program."""
+
+    input: int
+    tensor: TensorRef
+    requires_grad: bool
+
+
+class Place(msgspec.Struct, frozen=True, array_like=True):
+    """A tensor in a slot: `tensor.offset_bytes` counts from the start of the slot, `tensor.chunk` is not used."""
+
+    index: int
+    tensor: TensorRef
+    requires_grad: bool
+
+
+class Start(msgspec.Struct, frozen=True, tag=True):
+    """Take this device; `submitted` and `done` are the worker's two counters."""
+
+    protocol: int
+    device: str
+    device_index: int
+    counters: ChunkHandle
+    submitted: int
+    done: int
+    threads: int
+
+
+class Map(msgspec.Struct, frozen=True, tag=True):
+    chunk: ChunkHandle
+
+
+class Unmap(msgspec.Struct, frozen=True, tag=True):
+    chunks: list[int]
+
+
+class Load(msgspec.Struct, frozen=True, tag=True):
+    job: int
+    program: Program
+
+
+class Bind(msgspec.Struct, frozen=True, tag=True):
+    """Where the parameters and buffers of a job are; sent again when the lead's memory moved."""
+
+    job: int
+    statics: list[Static]
+
+
+class Prepare(msgspec.Struct, frozen=True, tag=True):
+    """Make a layout known, and run it once on zeros, so that kernels are loaded before they are waited for."""
+
+    layout: int
+    job: int
+    grad: bool
+    state: State
+    inputs: list[Place]
+    ints: dict[int, int]
+    outputs: list[Place]
+    writes: list[Place]
+    grad_outputs: list[Place]
+    grad_inputs: list[Place]
+
+
+class Forget(msgspec.Struct, frozen=True, tag=True):
+    """Layouts and jobs that will not be used again."""
+
+    layouts: list[int]
+    jobs: list[int]
+
+
+class Flags(msgspec.Struct, frozen=True, array_like=True):
+    """Global settings of torch that decide about results and that no program carries, as (name, value) pairs."""
+
+    values: tuple[tuple[str, bool | int | str], ...]
+
+
+class Forward(msgspec.Struct, frozen=True, tag=True):
+    seq: int
+    invocation: int
+    layout: int
+    slot: Slot
+    state: State
+    flags: Flags | None
+    rng: Rng | None
+
+
+class Backward(msgspec.Struct, frozen=True, tag=True):
+    """`outputs`: which outputs have a gradient; `inputs`: which inputs want one; `keep`: retain_graph."""
+
+    seq: int
+    invocation: int
+    layout: int
+    slot: Slot
+    outputs: tuple[int, ...]
+    inputs: tuple[int, ...]
+    keep: bool
+    flags: Flags | None
+
+
+class Drop(msgspec.Struct, frozen=True, tag=True):
+    """Invocations whose backward will not come."""
+
+    invocations: list[int]
+
+
+class Count(msgspec.Struct, frozen=True, tag=True):
+    """Ask for `Counts`."""
+
+
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+ToWorker = (
+    Start | Map | Unmap | Load | Bind | Prepare | Forget | Forward | Backward | Drop | Count | Stop
+)  # fmt: skip
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """A worker has imported torch and waits for `Start`."""
+
+    worker: int
+    pid: int
+    protocol: int
+
+
+class Started(msgspec.Struct, frozen=True, tag=True):
+    """The device is open."""
+
+    worker: int
+
+
+class Prepared(msgspec.Struct, frozen=True, tag=True):
+    worker: int
+    layout: int
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """Work `seq` raised (0: something outside a step); the worker has drained its device and does no more."""
+
+    worker: int
+    seq: int
+    kind: str
+    text: str
+    traceback: str
+
+
+class Counts(msgspec.Struct, frozen=True, tag=True):
+    """How often each job ran forward and backward, by job id."""
+
+    worker: int
+    forwards: dict[int, int]
+    backwards: dict[int, int]
+
+
+ToLead = Ready | Started | Prepared | Failed | Counts

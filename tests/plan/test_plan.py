@@ -1,0 +1,97 @@
+"""Plans: who runs where, when it is declined, and plans as text."""
+
+import pytest
+
+from mpsrun.errors import UsageError
+from mpsrun.graph.regions import Branch, Region
+from mpsrun.plan.cost import MACHINES, Machine, branch_us
+from mpsrun.plan.plan import Assignment, Declined, Plan, plan_region
+
+GPU = Machine(launch_us=10.0, flops_per_s=1e12, bytes_per_s=1e12, crossing_us=300.0)
+
+
+def region(*kernels: int, pinned: tuple[int, ...] = (), crossing_bytes: int = 0) -> Region:
+    branches = tuple(
+        Branch(
+            nodes=(),
+            pinned="because" if index in pinned else None,
+            kernels=count,
+            bytes_in=crossing_bytes,
+            bytes_out=crossing_bytes,
+        )
+        for index, count in enumerate(kernels)
+    )
+    return Region(0, branches)
+
+
+def test_cost_is_the_slowest_of_launching_computing_and_moving() -> None:
+    assert branch_us(Branch((), kernels=10), GPU) == 300
+    assert branch_us(Branch((), kernels=1, flops=10**9), GPU) == 3_000
+    assert branch_us(Branch((), kernels=1, bytes=10**10), GPU) == 30_000
+
+
+def test_longest_branch_stays_and_the_rest_spreads() -> None:
+    plan = plan_region(region(10, 100, 60, 50), [1, 2], GPU, forced=False)
+    assert plan == Assignment((2, 0, 1, 2))
+
+
+def test_pinned_branches_stay_in_the_lead() -> None:
+    plan = plan_region(region(10, 100, 60, pinned=(0, 2)), [1, 2], GPU, forced=True)
+    assert plan == Assignment((0, 1, 0))
+
+
+def test_forced_spreads_even_small_branches() -> None:
+    assert plan_region(region(1, 1, 1, 1), [1, 2, 3], GPU, forced=True) == Assignment((0, 1, 2, 3))
+
+
+def test_forced_uses_a_worker_even_where_the_lead_has_next_to_nothing() -> None:
+    assert plan_region(region(0, 0, pinned=(0,)), [1], GPU, forced=True) == Assignment((0, 1))
+    assert plan_region(region(5, 1, pinned=(1,)), [1], GPU, forced=True) == Assignment((1, 0))
+
+
+def test_more_branches_than_lanes() -> None:
+    plan = plan_region(region(*[30] * 9), [1, 2], GPU, forced=False)
+    assert isinstance(plan, Assignment)
+    assert sorted(plan.lanes.count(lane) for lane in (0, 1, 2)) == [3, 3, 3]
+
+
+def test_small_regions_are_declined_with_figures() -> None:
+    plan = plan_region(region(5, 5), [1], GPU, forced=False)
+    assert isinstance(plan, Declined)
+    assert "of 300 us it would save -150 us" in plan.reason
+
+
+def test_bytes_that_cross_count() -> None:
+    assert isinstance(plan_region(region(100, 100), [1], GPU, forced=False), Assignment)
+    assert isinstance(plan_region(region(100, 100, crossing_bytes=10**9), [1], GPU, forced=False), Declined)
+
+
+def test_shared_cores_decline_unless_forced() -> None:
+    big = region(1000, 1000)
+    assert isinstance(plan_region(big, [1], MACHINES["cpu"], forced=False), Declined)
+    assert isinstance(plan_region(big, [1], MACHINES["cpu"], forced=True), Assignment)
+
+
+def test_without_workers_or_unpinned_branches() -> None:
+    assert isinstance(plan_region(region(9, 9), [], GPU, forced=True), Declined)
+    assert isinstance(plan_region(region(9, 9, pinned=(0, 1)), [1], GPU, forced=True), Declined)
+
+
+def test_plans_read_back_from_their_text() -> None:
+    plan = Plan({0: Assignment((0, 1, 2, 0)), 1: Declined("too small: of 3 us"), 7: Assignment((0, 12))})
+    assert str(plan) == (
+        "region 0: lead | worker 1 | worker 2 | lead\nregion 1: declined, too small: of 3 us\n"
+        "region 7: lead | worker 12\n"
+    )
+    assert Plan.parse(str(plan)) == plan
+    assert Plan.parse("# a remark\n\n  region 3: worker 1 | lead\n") == Plan({3: Assignment((1, 0))})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["region", "region x: lead", "region 0: led", "region 0: worker 0", "region 0: lead | | lead",
+     "region 0: lead, worker 1", "region 0: declined", "region 0: lead\nregion 0: lead"],
+)  # fmt: skip
+def test_other_text_is_a_usage_error(text: str) -> None:
+    with pytest.raises(UsageError, match="plan, line"):
+        Plan.parse(text)
