@@ -6,7 +6,6 @@ import ctypes
 import itertools
 import mmap
 import os
-import platform
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -16,19 +15,14 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from mpsrun.device.base import Chunk, ChunkHandle, TensorRef, dtype_name
+from mpsrun.device.futex import Futex
 from mpsrun.errors import MpsrunError, NotShippable
 
 ALIGN_BYTES = 64
 COUNTER_STRIDE = 16  # words: one counter a cache line
 MAX_COUNTERS = 64
 
-_SYS_FUTEX = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221, "s390x": 238}
-_FUTEX_WAIT, _FUTEX_WAKE = 0, 1
 _WAIT_SLICE_S = 0.5  # how long a signal handler of Python waits for its turn at most
-
-
-class _Timespec(ctypes.Structure):
-    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
 
 
 @dataclass(frozen=True)
@@ -50,11 +44,7 @@ class CpuDevice:
     kind = "cpu"
 
     def __init__(self) -> None:
-        number = _SYS_FUTEX.get(platform.machine())
-        if number is None:
-            raise MpsrunError(f"expected one of the machines {sorted(_SYS_FUTEX)}, found {platform.machine()}")
-        self._futex_number = number
-        self._syscall = ctypes.CDLL(None, use_errno=True).syscall
+        self._futex = Futex()
         self._ids = itertools.count()
         self._exports: dict[int, _Export] = {}
         self._words: ctypes.Array[ctypes.c_uint32] | None = None
@@ -152,7 +142,7 @@ class CpuDevice:
     def signal(self, counters: Sequence[int], values: Sequence[int]) -> None:
         for counter, value in zip(counters, values, strict=True):
             self._counter_words()[counter * COUNTER_STRIDE] = value
-            self._futex(counter, _FUTEX_WAKE, 1 << 30, None)
+            self._futex.wake(self._address(counter))
 
     def wait(self, counters: Sequence[int], values: Sequence[int], timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
@@ -161,7 +151,7 @@ class CpuDevice:
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
                     raise TimeoutError(f"counter {counter} is at {seen}, not at {value}, after {timeout_s:g} s")
-                self._futex(counter, _FUTEX_WAIT, seen, min(left_s, _WAIT_SLICE_S))
+                self._futex.wait(self._address(counter), seen, min(left_s, _WAIT_SLICE_S))
 
     def read_counters(self) -> list[int]:
         return list(self._counter_words()[::COUNTER_STRIDE])
@@ -177,12 +167,8 @@ class CpuDevice:
             raise MpsrunError("expected bind_counters before the first signal or wait")
         return self._words
 
-    def _futex(self, counter: int, operation: int, value: int, timeout_s: float | None) -> None:
-        address = ctypes.addressof(self._counter_words()) + 4 * counter * COUNTER_STRIDE
-        limit = None
-        if timeout_s is not None:
-            limit = ctypes.byref(_Timespec(int(timeout_s), int(timeout_s % 1 * 1e9)))
-        self._syscall(self._futex_number, ctypes.c_void_p(address), operation, ctypes.c_uint32(value), limit, None, 0)
+    def _address(self, counter: int) -> int:
+        return ctypes.addressof(self._counter_words()) + 4 * counter * COUNTER_STRIDE
 
 
 def _aligned(size_bytes: int) -> int:

@@ -48,7 +48,7 @@ class Map(msgspec.Struct, frozen=True, array_like=True, tag="map"):
     items: dict[str, "Arg"]
 
 
-Arg: TypeAlias = Union[None, bool, int, float, str, Ref, Complex, Named, Slice, Seq, Map]  # noqa: UP007
+Arg: TypeAlias = Union[bool, int, float, str, Ref, Complex, Named, Slice, Seq, Map, None]  # noqa: UP007
 
 
 class Input(msgspec.Struct, frozen=True):
@@ -70,8 +70,8 @@ class Op(msgspec.Struct, frozen=True):
 class Program(msgspec.Struct, frozen=True):
     """A branch, or several.
 
-    `outputs` are values handed out; `writes` are inputs (buffers) written in place, and `hidden[i]` tells that
-    the write to `writes[i]` bumps no version counter in eager PyTorch.
+    `outputs` are values handed out; `writes` are inputs (buffers) written in place, and `hidden[i]` tells
+    that the write to `writes[i]` bumps no version counter in eager PyTorch.
     """
 
     inputs: list[Input]

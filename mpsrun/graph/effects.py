@@ -1,11 +1,12 @@
 """Which memory each node of a graph reads and writes, under which state, and what follows for its order.
 
-Dynamo's graph is not functional: ops write in place, statistics change behind undeclared arguments, and modes are
-set without data edges. One run on fake tensors finds out, node by node.
+Dynamo's graph is not functional: ops write in place, statistics change behind undeclared arguments, and modes
+are set without data edges. One run on fake tensors finds out, node by node.
 """
 
 from collections.abc import Mapping
 
+import torch
 from torch import fx
 
 from mpsrun.graph.facts import Effects, NodeFacts
@@ -26,12 +27,20 @@ def analyze(gm: fx.GraphModule) -> Effects:
     return Effects(run.facts, dependences(run.facts), random_chain(run.facts), run.kinds, order, run.env)
 
 
+def drop_inert(gm: fx.GraphModule) -> None:
+    """Take out the calls that only count how often torch's own features are used."""
+    for node in gm.graph.find_nodes(op="call_function", target=torch._C._log_api_usage_once):
+        gm.graph.erase_node(node)
+    gm.recompile()
+
+
 def dependences(facts: Mapping[fx.Node, NodeFacts]) -> dict[fx.Node, set[fx.Node]]:
     """Data edges and effect edges: read after write, write after read, write after write."""
     deps: dict[fx.Node, set[fx.Node]] = {}
     writer: dict[int, fx.Node] = {}
     readers: dict[int, list[fx.Node]] = {}
     previous: fx.Node | None = None  # among the nodes whose effects go beyond memory
+    barrier: list[fx.Node] = []  # the last one, and what has come since
     for node, fact in facts.items():
         found = set(node.all_input_nodes)
         for storage in fact.reads | fact.writes:
@@ -45,6 +54,12 @@ def dependences(facts: Mapping[fx.Node, NodeFacts]) -> dict[fx.Node, set[fx.Node
         if fact.unknown or fact.sync:
             found |= {previous} if previous is not None else set()
             previous = node
+        if fact.barrier:
+            found.update(barrier)
+            barrier = [node]
+        elif node.op not in ("placeholder", "get_attr"):
+            found.update(barrier[:1] if barrier and facts[barrier[0]].barrier else ())
+            barrier.append(node)
         found.discard(node)
         deps[node] = found
     return deps

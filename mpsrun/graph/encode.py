@@ -19,8 +19,8 @@ def extract(
 ) -> tuple[Program, list[fx.Node]]:
     """Write `nodes` as a program that hands out the values of `outputs`.
 
-    The second result is the nodes outside that are the program's inputs, in the order of `Program.inputs`. Raises
-    `NotShippable` with the reason where a node cannot be written as data.
+    The second result is the nodes outside that are the program's inputs, in the order of `Program.inputs`.
+    Raises `NotShippable` with the reason where a node cannot be written as data.
     """
     inside = sorted((node for node in nodes if node.op != "get_attr"), key=effects.order.__getitem__)
     outside = _outside(inside)
@@ -84,7 +84,7 @@ def _op(node: fx.Node, number: Mapping[fx.Node, int], effects: Effects) -> Op:
 def _call(node: fx.Node, number: Mapping[fx.Node, int]) -> tuple[str, list[Arg], dict[str, Arg]]:
     name = ops.name_of(node.op, node.target, node.args)
     if name is None:
-        raise NotShippable(f"{ops.describe(node.op, node.target)} is not an op that can run in a worker")
+        raise NotShippable(f"{ops.describe(node.target)} is not an op that can run in a worker")
     positional = node.args[:1] if name.startswith("attr.") else node.args
     args = [encode(arg, number) for arg in positional]
     kwargs = {key: encode(_device(key, arg), number) for key, arg in node.kwargs.items()}

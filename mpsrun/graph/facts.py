@@ -25,7 +25,8 @@ class NodeFacts:
     random: bool = False
     sync: bool = False  # its result depends on data, so the CPU waits for the device
     opaque: str | None = None  # why it cannot leave the lead
-    unknown: bool = False  # what it writes is not known
+    unknown: bool = False  # what it does beyond its tensors is not known
+    barrier: bool = False  # sets a mode that is not followed: nothing may pass it
     flops: int = 0
     bytes_moved: int = 0
     kernels: int = 0
@@ -39,7 +40,8 @@ class Effects:
 
     `deps[node]` are the nodes that must run before it: those whose values it takes, and those whose reads and
     writes of the same memory come before its own. `random_order` has the same for the order of random draws.
-    `placeholder_kind` is one of "parameter", "buffer", "input", "constant", "symint"; `order` is program order.
+    `placeholder_kind` is one of "parameter", "buffer", "input", "constant", "symint"; `order` is program
+    order.
     """
 
     facts: Mapping[fx.Node, NodeFacts]

@@ -1,7 +1,9 @@
 """One run of a graph on fake tensors, which records what each node does."""
 
+# ruff: noqa: SLF001  version counters and storages have no public face
+
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ class FakeRun:
         self.kinds: dict[fx.Node, str] = {}
         self.env: dict[fx.Node, Any] = {}
         self._mode = _fake_mode(gm)
+        self._transformed = any(map(_is_transform, gm.graph.nodes))
         self._storages = Storages()
         self._tracker = Tracker()
 
@@ -41,7 +44,7 @@ class FakeRun:
     def _placeholder(self, node: fx.Node) -> None:
         example = node.meta.get("example_value")
         self.kinds[node] = kind = _kind(node, example)
-        # A second tensor on the same storage: in-place changes of shape and version stay away from Dynamo's own.
+        # A second tensor on the same storage, so that Dynamo's own keeps its shape and version.
         value = self._alias(example) if isinstance(example, torch.Tensor) else example
         self._note_source(node, value, floating=kind != "input")
 
@@ -68,6 +71,9 @@ class FakeRun:
             self._tracker.step(node)
             self.facts[node] = NodeFacts(is_state=True, floating=True)
             return
+        if self._transformed:
+            self._skip(node)
+            return
         number = self._wrapped_number(node)
         if number is not None:
             self.env[node] = node.meta.get("example_value")
@@ -76,6 +82,14 @@ class FakeRun:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.env.__getitem__)
         taken = tensors((args, kwargs))
         self.facts[node] = self._facts(node, args, kwargs, taken)
+
+    def _skip(self, node: fx.Node) -> None:
+        """Tensors of torch.func wrap others and mean nothing outside their transform: none of it is run."""
+        self.env[node] = value = node.meta.get("example_value")
+        reason = "the network uses torch.func transforms (vmap, grad, jvp)"
+        self.facts[node] = NodeFacts(
+            opaque=reason, unknown=True, barrier=not tensors(value), kernels=1, state=self._tracker.now
+        )
 
     def _facts(self, node: fx.Node, args: Any, kwargs: Any, taken: list[torch.Tensor]) -> NodeFacts:
         watch = Watch(self._storages.known)
@@ -97,6 +111,7 @@ class FakeRun:
             sync=watch.sync,
             opaque=_opaque(node, value, [*taken, *produced]) or failed,
             unknown=failed is not None or _is_higher_order(node),
+            barrier=not taken and not produced and ops.name_of(node.op, node.target, node.args) is None,
             flops=watch.flops,
             bytes_moved=watch.bytes_moved,
             kernels=watch.kernels,
@@ -109,7 +124,7 @@ class FakeRun:
         self.env[node] = node.meta.get("example_value")
         call = self._callable(node, args)
         if call is None:
-            return f"{ops.describe(node.op, node.target)} cannot be looked into"
+            return f"{ops.describe(node.target)} cannot be looked into"
         try:
             with ExitStack() as stack:
                 stack.enter_context(torch.no_grad())
@@ -119,7 +134,7 @@ class FakeRun:
                 self.env[node] = call(*args, **kwargs)
         except Exception as error:  # noqa: BLE001  any op may fail on fake tensors; it then stays in the lead
             reason = str(error).strip().split("\n")[0][:120]
-            return f"{ops.describe(node.op, node.target)} did not run on fake tensors ({reason})"
+            return f"{ops.describe(node.target)} did not run on fake tensors ({reason})"
         return None
 
     def _callable(self, node: fx.Node, args: Any) -> Callable[..., Any] | None:
@@ -130,7 +145,7 @@ class FakeRun:
         if _is_higher_order(node):
             body = args[0] if args else None
             if getattr(node.target, "__name__", "") in CALLS_ITS_GRAPH and isinstance(body, fx.GraphModule):
-                return lambda graph, *rest, **kwargs: graph(*rest)
+                return lambda graph, *rest, **_: graph(*rest)
             return None
         return node.target if callable(node.target) else None
 
@@ -234,13 +249,17 @@ def _quiet_shapes(mode: FakeTensorMode) -> Iterator[None]:
         if environment is not None:
             stack.enter_context(environment.suppress_guards())
             stack.enter_context(environment.ignore_fresh_unbacked_symbols())
-        stack.enter_context(nullcontext())
         yield
 
 
 def _autocast_only(state: State | None) -> State | None:
     """Autocast decides about dtypes; grad and inference mode change nothing that is looked for."""
     return None if state is None else State(autocast=state.autocast, cache=False if state.autocast else None)
+
+
+def _is_transform(node: fx.Node) -> bool:
+    home = getattr(node.target, "__module__", None) or ""
+    return node.op == "call_function" and "functorch" in home
 
 
 def _is_higher_order(node: fx.Node) -> bool:
@@ -269,7 +288,7 @@ def _opaque(node: fx.Node, value: Any, touched: list[torch.Tensor]) -> str | Non
 
 
 def _foreign_value(value: Any) -> str | None:
-    if isinstance(value, torch.Tensor) or isinstance(value, PLAIN):
+    if isinstance(value, (torch.Tensor, *PLAIN)):
         return None
     if isinstance(value, (list, tuple)):
         return next((reason for item in value if (reason := _foreign_value(item))), None)

@@ -43,7 +43,24 @@ def _decompose(units: Units, structure: Structure) -> list[Fork]:
 
 
 def _fork(parts: Sequence[Units], structure: Structure) -> Fork:
-    return Fork(list(parts), [_decompose(part, structure) if len(part) > 1 else [] for part in parts])
+    fork = Fork([])
+    for part in parts:
+        forks = _decompose(part, structure) if len(part) > 1 else []
+        if len(forks) == 1 and _is_fork_and_joins(part, forks[0], structure):
+            fork.branches.extend(forks[0].branches)
+            fork.inner.extend(forks[0].inner)
+        else:
+            fork.branches.append(part)
+            fork.inner.append(forks)
+    return fork
+
+
+def _is_fork_and_joins(part: Units, fork: Fork, structure: Structure) -> bool:
+    """Whether a branch is little more than a fork: ((a + b) + c) + d has four branches, not two of two."""
+    inside = frozenset[fx.Node]().union(*fork.branches)
+    rest = part - inside
+    whole = not structure.order.detours(structure.order.mask(inside))
+    return whole and rest <= structure.light and len(rest) <= len(fork.branches)
 
 
 def _bodies(units: Units, structure: Structure) -> list[Units]:

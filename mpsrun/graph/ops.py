@@ -1,5 +1,7 @@
 """The ops a branch may consist of: names that stand for callables, and nothing else does."""
 
+# ruff: noqa: SLF001  torch lists its own functions in private modules only
+
 import builtins
 import math
 import operator
@@ -10,26 +12,29 @@ from typing import Any
 import torch
 import torch.nn.functional as functional
 
-# Functions of torch's own namespaces that reach beyond tensors (files, foreign memory), change a tensor's storage,
-# or serve layouts which branches do not have.
+# Functions of torch's own namespaces that reach beyond tensors (files, foreign memory), change a tensor's
+# storage, or serve layouts which branches do not have.
 DENIED_PREFIXES = (
-    "_", "cudnn_", "fbgemm_", "from_", "frombuffer", "is_", "miopen_", "mkldnn_", "q_", "quantize", "quantized",
-    "resize", "set_", "sparse_", "sym_constrain",
+    "_", "cudnn_", "fbgemm_", "from_", "frombuffer", "is_", "miopen_", "mkldnn_", "q_", "quantize",
+    "quantized", "resize", "set_", "sparse_", "sym_constrain",
 )  # fmt: skip
 DENIED = frozenset(
     {
-        "apply_", "as_subclass", "asarray", "assert_int_or_pair", "backward", "boolean_dispatch", "broadcast_shapes",
-        "can_cast", "const_data_ptr", "data_ptr", "dequantize", "detach_", "fake_quantize_per_channel_affine",
-        "fused_moving_avg_obs_fake_quant", "get_device", "handle_torch_function", "has_torch_function",
-        "has_torch_function_unary", "has_torch_function_variadic", "hspmm", "item", "map2_", "map_", "numpy",
-        "pin_memory", "promote_types", "register_hook", "rename", "rename_", "requires_grad_", "result_type",
-        "retain_grad", "share_memory_", "smm", "sspaddmm", "storage", "tolist", "untyped_storage", "vitals_enabled",
+        "apply_", "as_subclass", "asarray", "assert_int_or_pair", "backward", "boolean_dispatch",
+        "broadcast_shapes", "can_cast", "const_data_ptr", "data_ptr", "dequantize", "detach_",
+        "fake_quantize_per_channel_affine", "fused_moving_avg_obs_fake_quant", "get_device",
+        "handle_torch_function", "has_torch_function", "has_torch_function_unary",
+        "has_torch_function_variadic", "hspmm", "item", "map2_", "map_", "numpy", "pin_memory",
+        "promote_types", "register_hook", "rename", "rename_", "requires_grad_", "result_type",
+        "retain_grad", "share_memory_", "smm", "sspaddmm", "storage", "tolist", "untyped_storage",
+        "vitals_enabled",
     }
 )  # fmt: skip
 # Private functions that Dynamo leaves in graphs of public modules.
 PRIVATE = (
-    "_adaptive_avg_pool2d", "_convolution", "_log_softmax", "_softmax", "_shape_as_tensor", "_stack", "_unique2",
-    "_weight_norm",
+    "_adaptive_avg_pool2d", "_convolution", "_log_softmax", "_softmax", "_shape_as_tensor", "_stack",
+    "_unique2", "_weight_norm", "_transformer_encoder_layer_fwd",
+    "_native_multi_head_attention",
 )  # fmt: skip
 PRIVATE_NN = (
     "_pad_circular", "_pad_enum", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa",
@@ -38,25 +43,27 @@ PRIVATE_NN = (
 # Tensor methods without a function of the same name in the torch namespace.
 METHODS = frozenset(
     {
-        "bfloat16", "bool", "byte", "cauchy_", "cdouble", "cfloat", "char", "contiguous", "copy_", "cpu", "cuda",
-        "dim", "double", "element_size", "expand", "expand_as", "exponential_", "fill_diagonal_", "float",
-        "geometric_", "half", "int", "log_normal_", "long", "ndimension", "nelement", "new_empty",
-        "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros", "random_", "repeat", "reshape_as",
-        "short", "size", "stride", "sum_to_size", "to", "type", "type_as", "unfold", "uniform_", "unique", "view",
-        "view_as", "zero_",
+        "bfloat16", "bool", "byte", "cauchy_", "cdouble", "cfloat", "char", "contiguous", "copy_",
+        "cpu", "cuda", "dim", "double", "element_size", "expand", "expand_as", "exponential_",
+        "fill_diagonal_", "float", "geometric_", "half", "int", "log_normal_", "long", "ndimension",
+        "nelement", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros",
+        "random_", "repeat", "reshape_as", "short", "size", "stride", "sum_to_size", "to", "type",
+        "type_as", "unfold", "uniform_", "unique", "view", "view_as", "zero_",
     }
 )  # fmt: skip
 ATTRIBUTES = ("shape", "dtype", "device", "T", "mT", "H", "mH", "real", "imag", "ndim")
 OPERATORS = (
-    "abs", "add", "and_", "eq", "floordiv", "ge", "getitem", "gt", "iadd", "iand", "ifloordiv", "imatmul", "imod",
-    "imul", "inv", "invert", "ior", "ipow", "isub", "itruediv", "ixor", "le", "lt", "matmul", "mod", "mul", "ne",
-    "neg", "not_", "or_", "pos", "pow", "setitem", "sub", "truediv", "xor",
+    "abs", "add", "and_", "eq", "floordiv", "ge", "getitem", "gt", "iadd", "iand", "ifloordiv",
+    "imatmul", "imod", "imul", "inv", "invert", "ior", "ipow", "isub", "itruediv", "ixor", "le", "lt",
+    "matmul", "mod", "mul", "ne", "neg", "not_", "or_", "pos", "pow", "setitem", "sub", "truediv",
+    "xor",
 )  # fmt: skip
 MATH = (
-    "acos", "asin", "atan", "atan2", "ceil", "cos", "cosh", "exp", "fabs", "floor", "log", "log10", "log2", "pow",
-    "sin", "sinh", "sqrt", "tan", "tanh", "trunc",
+    "acos", "asin", "atan", "atan2", "ceil", "cos", "cosh", "exp", "fabs", "floor", "log", "log10",
+    "log2", "pow", "sin", "sinh", "sqrt", "tan", "tanh", "trunc",
 )  # fmt: skip
 SYMBOLIC = ("sym_float", "sym_int", "sym_ite", "sym_max", "sym_min", "sym_not", "sym_sqrt", "sym_sum")
+DATA = "_get_data_attr"  # what Dynamo writes for tensor.data; not in torch's stubs
 MAX_INT_POWER = 64
 
 
@@ -81,7 +88,7 @@ def name_of(op: str, target: Any, args: tuple[Any, ...] = ()) -> str | None:
         return None
 
 
-def describe(op: str, target: Any) -> str:
+def describe(target: Any) -> str:
     """How a person would name the target of an fx node."""
     if isinstance(target, str):
         return f".{target}()"
@@ -109,7 +116,7 @@ def _by_name() -> dict[str, Callable[..., Any]]:
     ):
         table.update({f"{prefix}.{name}": target for name, target in found.items()})
     table["operator.pow"], table["operator.ipow"] = _power, _power_in_place
-    table["autograd.data"] = torch._C._autograd._get_data_attr
+    table["autograd.data"] = getattr(torch._C._autograd, DATA)
     return table
 
 

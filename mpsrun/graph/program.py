@@ -1,4 +1,4 @@
-"""A branch as data, in one place: its structs, and the ways from fx nodes to a program and on to a function."""
+"""A branch as data: its structs, and the ways from fx nodes to a program and on to a function."""
 
 from mpsrun.graph.build import build
 from mpsrun.graph.data import Arg, Complex, Input, Map, Named, Op, Program, Ref, Seq, Slice
@@ -7,6 +7,6 @@ from mpsrun.graph.state import Autocast, State
 from mpsrun.graph.validate import validate
 
 __all__ = [
-    "Arg", "Autocast", "Complex", "Input", "Map", "Named", "Op", "Program", "Ref", "Seq", "Slice", "State", "build",
-    "extract", "validate",
+    "Arg", "Autocast", "Complex", "Input", "Map", "Named", "Op", "Program", "Ref", "Seq", "Slice", "State",
+    "build", "extract", "validate",
 ]  # fmt: skip

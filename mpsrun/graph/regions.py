@@ -19,8 +19,8 @@ from mpsrun.graph.watch import size_bytes, tensors
 class Branch:
     """Ops between a fork and its join, in program order; `pinned` says why they must run in the lead.
 
-    `inputs` are the outside nodes that it reads, `outputs` its nodes whose values are used outside; `bytes_in` and
-    `bytes_out` count the activations that cross to a worker and back.
+    `inputs` are the outside nodes that it reads, `outputs` its nodes whose values are used outside;
+    `bytes_in` and `bytes_out` count the activations that cross to a worker and back.
     """
 
     nodes: tuple[fx.Node, ...]

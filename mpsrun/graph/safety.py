@@ -38,7 +38,8 @@ def _conflict_text(earlier: fx.Node, later: fx.Node, effects: Effects) -> str:
     elif earlier in later.all_input_nodes:
         return f"branch at {place(later, effects)} needs a result of its sibling at {place(earlier, effects)}"
     else:
-        return f"branches at {place(earlier, effects)} and {place(later, effects)} both have effects outside tensors"
+        both = f"{place(earlier, effects)} and {place(later, effects)}"
+        return f"branches at {both} both have effects outside tensors"
     return (
         f"branch at {place(writer, effects)} writes a tensor in place that its sibling at "
         f"{place(reader, effects)} {verb}"
@@ -53,7 +54,7 @@ def detour(branches: Sequence[Nodes], order: Order[fx.Node], effects: Effects) -
         return None
     node = next(order.members(outside))
     what = "draws random numbers" if effects.facts[node].random else "runs"
-    return f"{place(node, effects)} {what} between the branches: it needs a result of one and another waits for it"
+    return f"{place(node, effects)} {what} between the branches: one must come before it, another after it"
 
 
 def outputs_of(branch: Nodes, effects: Effects) -> tuple[fx.Node, ...]:

@@ -1,5 +1,7 @@
 """The thread-wide state a node runs under (grad, inference and autocast modes), as data."""
 
+# ruff: noqa: SLF001  Dynamo writes calls of these private functions into its graphs
+
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -84,11 +86,11 @@ class Tracker:
         self.now = None if changed == State() else changed
 
 
-def _set_grad(current: State, entered: State, node: fx.Node) -> State:
+def _set_grad(current: State, _entered: State, node: fx.Node) -> State:
     return msgspec.structs.replace(current, grad=bool(node.args[0]))
 
 
-def _enter_autocast(current: State, entered: State, node: fx.Node) -> State:
+def _enter_autocast(current: State, _entered: State, node: fx.Node) -> State:
     given = dict(zip(("device", "dtype", "enabled", "cache"), node.args, strict=False))
     device = str(given["device"])
     dtype: Any = given.get("dtype") or torch.get_autocast_dtype(device)
@@ -102,17 +104,17 @@ def _enter_autocast(current: State, entered: State, node: fx.Node) -> State:
     )
 
 
-def _enter_inference(current: State, entered: State, node: fx.Node) -> State:
+def _enter_inference(current: State, _entered: State, node: fx.Node) -> State:
     enabled = bool(node.args[0]) if node.args else True
     # torch.inference_mode(False) turns grad mode on, torch.inference_mode(True) off.
     return msgspec.structs.replace(current, inference=enabled, grad=None)
 
 
-def _exit_autocast(current: State, entered: State, node: fx.Node) -> State:
+def _exit_autocast(current: State, entered: State, _node: fx.Node) -> State:
     return msgspec.structs.replace(current, autocast=entered.autocast, cache=entered.cache)
 
 
-def _exit_inference(current: State, entered: State, node: fx.Node) -> State:
+def _exit_inference(current: State, entered: State, _node: fx.Node) -> State:
     return msgspec.structs.replace(current, inference=entered.inference, grad=entered.grad)
 
 

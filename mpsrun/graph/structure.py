@@ -14,13 +14,14 @@ from mpsrun.graph.order import Order
 class Structure:
     """Units (each named by its first node) that run a kernel on activations, and the data edges among them.
 
-    A unit is a node together with the getitems of its tuple. `before` leads over trivial units (views, sizes) to
-    the units of real work behind them.
+    A unit is a node together with the getitems of its tuple. `before` leads over trivial units (views, sizes)
+    to the units of real work behind them. `light` units are one kernel without arithmetic that counts: joins.
     """
 
     units: Mapping[fx.Node, tuple[fx.Node, ...]]
     before: Mapping[fx.Node, frozenset[fx.Node]]
     order: Order[fx.Node]
+    light: frozenset[fx.Node]
 
 
 def structure_of(gm: fx.GraphModule, effects: Effects) -> Structure:
@@ -41,7 +42,13 @@ def structure_of(gm: fx.GraphModule, effects: Effects) -> Structure:
         before[first] = frozenset(found)
     units = {first: tuple(nodes) for first, nodes in members.items() if first in real}
     order = Order(list(units), {first: before[first] for first in units})
-    return Structure(units, {first: before[first] for first in units}, order)
+    light = frozenset(first for first in units if _is_light(units[first], effects))
+    return Structure(units, {first: before[first] for first in units}, order, light)
+
+
+def _is_light(nodes: tuple[fx.Node, ...], effects: Effects) -> bool:
+    facts = [effects.facts[node] for node in nodes]
+    return sum(fact.flops for fact in facts) == 0 and sum(fact.kernels for fact in facts) == 1
 
 
 def heads(gm: fx.GraphModule, effects: Effects) -> dict[fx.Node, fx.Node]:
@@ -53,7 +60,7 @@ def heads(gm: fx.GraphModule, effects: Effects) -> dict[fx.Node, fx.Node]:
             continue
         if not is_number(effects.values.get(node)):
             source = tuple_source(node, effects)
-            head[node] = head[source] if source in head else node
+            head[node] = node if source is None else head.get(source, node)
     return head
 
 

@@ -1,5 +1,7 @@
 """A look at every aten op that one node dispatches: what it writes, whether it is random, what it costs."""
 
+# ruff: noqa: SLF001  an op's schema has no public face
+
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -65,7 +67,7 @@ class Watch(TorchDispatchMode):
         self.reads.update(self._storages(tensors((args, kwargs))))
         self.writes.update(self._storages(_written(func, named)))
         self.random |= _is_random(func, named)
-        self.sync |= _is_sync(func, named)
+        self.sync |= _is_sync(func)
         result = func(*args, **kwargs)
         self._count(func, args, kwargs, result)
         return result
@@ -97,7 +99,10 @@ def _flops(packet: Any, args: Any, kwargs: Any, result: Any) -> Any:
     if "scaled_dot_product" in name:
         return sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
     if "rnn" in name:
-        steps, weights = args[0].shape[:-1].numel(), [tensor for tensor in tensors(args[1:]) if tensor.dim() == 2]
+        steps, weights = (
+            args[0].shape[:-1].numel(),
+            [tensor for tensor in tensors(args[1:]) if tensor.dim() == 2],
+        )
         return 2 * steps * sum(weight.numel() for weight in weights)
     return 0
 
@@ -134,8 +139,8 @@ def _is_random(func: Any, named: dict[str, Any]) -> bool:
     return not off and not any(named.get(flag) is False for flag in TRAINING)
 
 
-def _is_sync(func: Any, named: dict[str, Any]) -> bool:
-    """Data-dependent results wait for the device; a plain number in a CPU tensor does not."""
+def _is_sync(func: Any) -> bool:
+    """Whether the CPU waits for the device, to learn a value or a shape that depends on data."""
     data_dependent = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
     return bool(data_dependent & set(func.tags)) or func.overloadpacket.__name__ == "_local_scalar_dense"
 

@@ -37,7 +37,7 @@ def branch_us(branch: Branch, machine: Machine) -> float:
 
 
 def crossing_us(branches: Sequence[Branch], machine: Machine) -> float:
-    """Microseconds that handing branches to workers costs: signals, and bytes there and back in both directions."""
+    """Microseconds that handing branches to workers costs: signals, and bytes there and back."""
     if not branches:
         return 0.0
     crossed_bytes = sum(branch.bytes_in + branch.bytes_out for branch in branches)

@@ -63,8 +63,8 @@ def plan_region(
 ) -> Assignment | Declined:
     """Assign the branches of `region` by longest processing time, or decline where it would not pay.
 
-    `worker_ids` are lanes (1 and up). Pinned branches stay in the lead; where nothing is pinned the lead takes its
-    share like any lane, at least one branch. `forced` skips the question whether it pays.
+    `worker_ids` are lanes (1 and up). Pinned branches stay in the lead; where nothing is pinned the lead
+    takes its share like any lane, at least one branch. `forced` skips the question whether it pays.
     """
     if not worker_ids:
         return Declined("there is no worker")
@@ -115,7 +115,9 @@ def not_worth_it(region: Region, lanes: Sequence[int], machine: Machine) -> str 
     gain_us = serial_us - makespan_us(region, lanes, machine) - crossing_us(crossings, machine)
     needed_us = max(MIN_GAIN_US, MIN_GAIN * serial_us)
     if gain_us < needed_us:
-        return f"too small: of {serial_us:.0f} us it would save {gain_us:.0f} us, and {needed_us:.0f} us are needed"
+        return (
+            f"too small: of {serial_us:.0f} us it would save {gain_us:.0f} us, {needed_us:.0f} us are needed"
+        )
     return None
 
 
@@ -134,6 +136,7 @@ def _parse_line(line: str, number: int) -> tuple[int, Assignment | Declined]:
     lanes = [int(name["worker"] or LEAD) for name in names if name is not None]
     if found is None or len(lanes) != len(names):
         raise UsageError(
-            f"plan, line {number}: expected 'region 0: lead | worker 1' or 'region 0: declined, reason', found {line!r}"
+            f"plan, line {number}: expected 'region 0: lead | worker 1' or 'region 0: declined, reason', "
+            f"found {line!r}"
         )
     return int(found["index"]), Assignment(tuple(lanes))

@@ -11,7 +11,7 @@ from torch import fx
 
 from mpsrun import config, log
 from mpsrun.errors import MpsrunError, NotShippable
-from mpsrun.graph.effects import Effects, analyze
+from mpsrun.graph.effects import Effects, analyze, drop_inert
 from mpsrun.graph.regions import Region, find_regions
 from mpsrun.plan.cost import MACHINES
 from mpsrun.plan.plan import Declined, plan_region
@@ -92,6 +92,7 @@ class Graph:
         return self._coordinator is None
 
     def _look(self, gm: fx.GraphModule) -> None:
+        drop_inert(gm)
         self._effects: Effects = analyze(gm)
         found = find_regions(gm, self._effects)
         for refusal in found.refusals:

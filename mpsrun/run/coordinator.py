@@ -271,8 +271,9 @@ class Coordinator:
         index = getattr(self.device, "index", 0)
         threads = max(1, available_cores() // (len(self.links) + 1))
         counters = self._counters.handle
-        start = m.Start(m.PROTOCOL, self.device.kind, index, counters, link.submitted, link.done, threads)
-        link.send(start)
+        ring = self._channel.ring_of(link.index)
+        kind = self.device.kind
+        link.send(m.Start(m.PROTOCOL, kind, index, counters, link.submitted, link.done, threads, ring))
 
     def _settle(self) -> None:
         if not any(link.tasks for link in self.links):

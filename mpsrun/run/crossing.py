@@ -43,7 +43,6 @@ class Share:
     args: tuple[int, ...]
     gradients: Gradients
     outputs: range
-    flat: tuple[Flat, ...] = ()
     spans: tuple[int, ...] = ()
     pointers: list[int] = field(default_factory=list)
     statics: dict[int, torch.Tensor] | None = None
@@ -57,11 +56,28 @@ class Share:
 
 @dataclass(frozen=True)
 class Flat:
-    """Parameter gradients of one dtype that stand side by side in the slot, and are taken out in one copy."""
+    """Parameter gradients of one dtype that stand side by side in the slot, and are taken out in one copy.
 
-    place: m.Place
-    inputs: tuple[int, ...]
+    members: (position of the share, input of its program) for each, in order; like: their shapes.
+    """
+
+    whole: m.TensorRef
+    members: tuple[tuple[int, int], ...]
     like: tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """What backward does when these outputs have a gradient.
+
+    work: the shares that take part, their outputs with a gradient and the inputs which get one. singles: by argument,
+    the single gradients that add up to its own. flats: for each Flat, the (position, argument) pairs that are wanted.
+    """
+
+    outputs: tuple[int, ...]
+    work: tuple[tuple[Share, tuple[int, ...], tuple[int, ...]], ...]
+    singles: tuple[tuple[int, tuple[int, ...]], ...]
+    flats: tuple[tuple[tuple[int, int], ...], ...]
 
 
 @dataclass(eq=False)
@@ -69,7 +85,8 @@ class Crossing:
     """A region under one plan for one set of shapes: everything that does not change from step to step.
 
     inputs: the tensors that are published in each step, by argument. saved: the arguments which backward reads again.
-    escapes: by output, whether it may be seen outside of the graph and so must not be arena memory.
+    escapes: by output, whether it may be seen outside of the graph and so must not be arena memory. wanted: the
+    arguments that get a gradient; singles: where each such gradient stands, but for those which `flats` hold.
     """
 
     owner: Coordinator
@@ -85,6 +102,8 @@ class Crossing:
     backward_bytes: int
     grad: bool
     device: torch.device
+    singles: tuple[tuple[int, m.Place], ...] = ()
+    flats: tuple[Flat, ...] = ()
     random_total: int = 0
     key: int = 0
 
@@ -92,6 +111,50 @@ class Crossing:
         self.token = torch.zeros(1, device=self.device)
         self.done = tuple(share.link.done for share in self.shares)
         self.submitted = tuple(share.link.submitted for share in self.shares)
+        self._gatherings: dict[tuple[bool, ...], Gathering] = {}
+        self._refs = {
+            "inputs": [place.tensor for place in self.inputs],
+            "outputs": [place.tensor for place in self.outputs],
+            "writes": [place.tensor for _, place, _ in self.writes],
+            "grad_outputs": [place.tensor for share in self.shares for place in share.layout.grad_outputs],
+            "singles": [place.tensor for _, place in self.singles],
+            "flats": [flat.whole for flat in self.flats],
+        }
+
+    def tensors(self, room: Room, part: str) -> list[torch.Tensor]:
+        """The tensors of one part of this crossing in a slot."""
+        return room.tensors(self.key, part, self._refs[part])
+
+    def gathering(self, present: tuple[bool, ...]) -> Gathering:
+        """What backward does when just these outputs have a gradient; worked out once."""
+        found = self._gatherings.get(present)
+        if found is None:
+            found = self._gatherings[present] = self._gather(present)
+        return found
+
+    def _gather(self, present: tuple[bool, ...]) -> Gathering:
+        work = []
+        reached: dict[int, frozenset[int]] = {}
+        for position, share in enumerate(self.shares):
+            local = tuple(i for i, output in enumerate(share.outputs) if present[output])
+            if local:
+                inputs = share.gradients.reached(local)
+                work.append((share, local, inputs))
+                reached[position] = frozenset(inputs)
+        by_arg: dict[int, list[int]] = {}
+        for k, (position, place) in reversed(list(enumerate(self.singles))):  # autograd adds the last branch first
+            if place.index in reached.get(position, ()):
+                by_arg.setdefault(self.shares[position].args[place.index], []).append(k)
+        flats = tuple(
+            tuple(
+                (k, self.shares[position].args[i])
+                for k, (position, i) in enumerate(flat.members)
+                if i in reached.get(position, ())
+            )
+            for flat in self.flats
+        )
+        outputs = tuple(i for i, has in enumerate(present) if has)
+        return Gathering(outputs, tuple(work), tuple((a, tuple(k)) for a, k in by_arg.items()), flats)
 
 
 class Invocation:
@@ -137,17 +200,16 @@ class Invocation:
 
 @dataclass(eq=False)
 class _Backward:
-    """A backward under way: its slot, which share does what, and the numbers to wait for."""
+    """A backward under way: its slot, who does what, and the numbers to wait for."""
 
     room: Room
-    shares: list[tuple[Share, tuple[int, ...]]]
-    sequence: list[int]
+    gathering: Gathering
+    counters: tuple[int, ...]
+    sequence: tuple[int, ...]
     done: bool = False
 
     def pending(self) -> list[tuple[int, int]]:
-        if self.done:
-            return []
-        return [(share.link.done, seq) for (share, _), seq in zip(self.shares, self.sequence, strict=True)]
+        return [] if self.done else list(zip(self.counters, self.sequence, strict=True))
 
 
 def fork(crossing: Crossing, args: tuple[Any, ...]) -> tuple[Invocation, torch.Tensor | None]:
@@ -177,16 +239,15 @@ def _publish(invocation: Invocation, args: Sequence[Any]) -> None:
         owner.check()
         owner.bind(crossing, args)
         invocation.room = owner.take(crossing.forward_bytes)
-        targets = invocation.room.tensors(crossing.key, "inputs", [place.tensor for place in crossing.inputs])
+        targets = crossing.tensors(invocation.room, "inputs")
         copy_all(targets, [args[place.index].detach() for place in crossing.inputs])
         slot = m.Slot(invocation.room.chunk.id, invocation.room.offset_bytes)
         rngs, invocation.random_start = owner.reserve_random(crossing)
         invocation.sequence = owner.submit(crossing.shares, crossing.submitted)
+        flags = owner.flags()
         for share, seq, rng in zip(crossing.shares, invocation.sequence, rngs, strict=True):
-            settings = share.link.changed_flags(owner.flags())
-            message = m.Forward(
-                seq, invocation.id, share.layout.layout, slot, invocation.state, settings, rng
-            )
+            changed = share.link.changed_flags(flags)
+            message = m.Forward(seq, invocation.id, share.layout.layout, slot, invocation.state, changed, rng)
             invocation.forwards[share.job] = message
             share.link.hand_out(message, message, share)
 
@@ -200,11 +261,11 @@ def _take(invocation: Invocation) -> tuple[torch.Tensor, ...]:
     owner.wait(crossing.done, invocation.sequence)
     invocation.joined = True
     if crossing.writes:
-        fresh = room.tensors(crossing.key, "writes", [place.tensor for _, place, _ in crossing.writes])
+        fresh = crossing.tensors(room, "writes")
         # A buffer that plain PyTorch writes behind autograd's back must not gain a version here either.
         targets = [args[arg].data if hidden else args[arg] for arg, _, hidden in crossing.writes]
         copy_all(targets, fresh)
-    views = room.tensors(crossing.key, "outputs", [place.tensor for place in crossing.outputs])
+    views = crossing.tensors(room, "outputs")
     outputs = [torch.empty_like(v) if e else v.detach() for v, e in zip(views, crossing.escapes, strict=True)]
     escaping = [i for i, escapes in enumerate(crossing.escapes) if escapes]
     copy_all([outputs[i] for i in escaping], [views[i] for i in escaping])
@@ -268,59 +329,50 @@ def _publish_gradients(invocation: Invocation, gradients: Sequence[torch.Tensor 
             "already been freed). Specify retain_graph=True if you need to backward through the graph a second time."
         )
     keep = bool(torch._C._autograd._get_current_graph_task_keep_graph())
+    gathering = crossing.gathering(tuple(gradient is not None for gradient in gradients))
     with owner.lock:
         invocation.release_backward()
         room = owner.take(crossing.backward_bytes)
-        slot = m.Slot(room.chunk.id, room.offset_bytes)
-        work = []
-        for share in crossing.shares:
-            present = tuple(i for i, o in enumerate(share.outputs) if gradients[o] is not None)
-            if present:
-                refs = [place.tensor for place in share.layout.grad_outputs]
-                views = room.tensors(share.layout.layout, "grad_outputs", refs)
-                copy_all([views[i] for i in present], [gradients[share.outputs[i]] for i in present])
-                work.append((share, present))
-        sequence = owner.submit([share for share, _ in work], [share.link.submitted for share, _ in work])
-        invocation.backward = _Backward(room, work, list(sequence))
-        for (share, present), seq in zip(work, sequence, strict=True):
-            settings = share.link.changed_flags(owner.flags())
-            reached = share.gradients.reached(present)
-            message = m.Backward(
-                seq, invocation.id, share.layout.layout, slot, present, reached, keep, settings
-            )
+        views = crossing.tensors(room, "grad_outputs")
+        copy_all([views[i] for i in gathering.outputs], [gradients[i] for i in gathering.outputs])
+        links = [share.link for share, _, _ in gathering.work]
+        sequence = owner.submit([share for share, _, _ in gathering.work], [link.submitted for link in links])
+        counters = tuple(link.done for link in links)
+        invocation.backward = _Backward(room, gathering, counters, sequence)
+        slot, flags = m.Slot(room.chunk.id, room.offset_bytes), owner.flags()
+        for (share, present, reached), seq in zip(gathering.work, sequence, strict=True):
+            changed = share.link.changed_flags(flags)
+            layout = share.layout.layout
+            message = m.Backward(seq, invocation.id, layout, slot, present, reached, keep, changed)
             share.link.hand_out(message, invocation.forwards[share.job], share)
 
 
 def _collect(invocation: Invocation, backward: _Backward) -> list[torch.Tensor | None]:
     """The gradients of everything that Fork took, in memory that may be kept."""
-    crossing, owner = invocation.crossing, invocation.crossing.owner
-    counters = [share.link.done for share, _ in backward.shares]
-    owner.wait(counters, backward.sequence)
+    crossing = invocation.crossing
+    crossing.owner.wait(backward.counters, backward.sequence)
     backward.done = True
     found: dict[int, torch.Tensor] = {}
-    for share, present in reversed(backward.shares):  # autograd adds the last branch's gradient first
-        for arg, gradient in _share_gradients(backward.room, share, present):
-            found[arg] = gradient if arg not in found else found[arg].add_(gradient)
+    singles = crossing.tensors(backward.room, "singles")
+    for arg, parts in backward.gathering.singles:
+        found[arg] = _sum([singles[k] for k in parts])
+    wholes = crossing.tensors(backward.room, "flats")
+    for flat, whole, wanted in zip(crossing.flats, wholes, backward.gathering.flats, strict=True):
+        parts = torch._utils._unflatten_dense_tensors(whole.clone(), flat.like)
+        for k, arg in wanted:
+            found[arg] = found[arg].add_(parts[k]) if arg in found else parts[k]
     invocation.release_backward()
     return [found.get(arg) for arg in crossing.wanted]
 
 
-def _share_gradients(room: Room, share: Share, present: Sequence[int]) -> list[tuple[int, torch.Tensor]]:
-    places = share.layout.grad_inputs
-    views = room.tensors(share.layout.layout, "grad_inputs", [place.tensor for place in places])
-    reached = set(share.gradients.reached(present))
-    flat = {i for group in share.flat for i in group.inputs}
-    result = []
-    for place, view in zip(places, views, strict=True):
-        if place.index in reached and place.index not in flat:
-            result.append((share.args[place.index], view.clone()))
-    groups = room.tensors(share.layout.layout, "flat", [group.place.tensor for group in share.flat])
-    for group, whole in zip(share.flat, groups, strict=True):
-        parts = torch._utils._unflatten_dense_tensors(whole.clone(), group.like)
-        result += [
-            (share.args[i], part) for i, part in zip(group.inputs, parts, strict=True) if i in reached
-        ]
-    return result
+def _sum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A sum in fresh memory, from left to right."""
+    if len(tensors) == 1:
+        return tensors[0].clone()
+    total = torch.add(tensors[0], tensors[1])
+    for tensor in tensors[2:]:
+        total.add_(tensor)
+    return total
 
 
 def _recompute(invocation: Invocation) -> list[torch.Tensor | None]:

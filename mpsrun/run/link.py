@@ -87,7 +87,8 @@ class Link:
     def hand_out(self, message: m.Forward | m.Backward, forward: m.Forward, share: Share) -> None:
         """Send work, and remember it until it is done."""
         self.tasks.append(Task(message.seq, message, forward, share, time.monotonic()))
-        self.send(message)
+        if self.lost is None:
+            self._channel.send_step(self.index, message)
 
     def map_exports(self, wanted: dict[int, ChunkHandle], alive: set[int]) -> None:
         """Have the worker map these exported chunks, and unmap those which are no longer alive."""

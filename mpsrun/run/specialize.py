@@ -117,8 +117,10 @@ class Cutter:
         outputs: list[m.Place] = []
         shares: list[Share] = []
         writes: list[tuple[int, m.Place, bool]] = []
-        for part in parts:
-            share = self._share(part, places, seen, state, grad, forward, backward, len(outputs))
+        gradients = _place_gradients(parts, backward) if grad else _Gradients()
+        for position, part in enumerate(parts):
+            wants = gradients.of(position)
+            share = self._share(part, places, seen, state, grad, wants, forward, backward, len(outputs))
             outputs += share.layout.outputs
             hidden = dict(zip(part.program.writes, part.program.hidden, strict=True))
             writes += [(part.args[p.index], p, hidden[p.index]) for p in share.layout.writes]
@@ -139,6 +141,8 @@ class Cutter:
             backward_bytes=backward.size_bytes,
             grad=grad,
             device=device,
+            singles=tuple(gradients.singles),
+            flats=tuple(gradients.flats),
             random_total=random_total,
             key=next(_numbers),
         )
@@ -150,13 +154,13 @@ class Cutter:
         seen: Observation,
         state: State,
         grad: bool,
+        wants: list[m.Place],
         forward: Packer,
         backward: Packer,
         first_output: int,
     ) -> Share:
         out_metas = [_tensor(seen.metas[node], node) for node in part.outputs]
         tensors = [i for i, x in enumerate(part.program.inputs) if x.kind == "tensor"]
-        grad_inputs, flats = _place_gradients(part, backward) if grad else ([], ())
         layout = m.Prepare(
             layout=next(_numbers),
             job=next(_numbers),
@@ -167,11 +171,11 @@ class Cutter:
             outputs=[forward.place(i, x) for i, x in enumerate(out_metas)],
             writes=[forward.place(i, _tensor(part.metas[i], part.inputs[i])) for i in part.program.writes],
             grad_outputs=[backward.place(i, x) for i, x in enumerate(out_metas)] if grad else [],
-            grad_inputs=grad_inputs,
+            grad_inputs=wants,
         )
         span = range(first_output, first_output + len(out_metas))
         link = self._coordinator.links[part.worker - 1]
-        return Share(link, layout.job, part.program, layout, part.args, part.gradients, span, flats)
+        return Share(link, layout.job, part.program, layout, part.args, part.gradients, span)
 
     def _escapes(self, node: fx.Node) -> bool:
         return bool(self._effects.facts[node].outputs & self._visible)
@@ -185,26 +189,40 @@ def _published(
     return [(i, _tensor(seen.metas[args[i]], args[i])) for i in sorted(kinds) if kinds[i] == "tensor"]
 
 
-def _place_gradients(part: _Part, packer: Packer) -> tuple[list[m.Place], tuple[Flat, ...]]:
-    """Places for the gradients of a part: parameters of one dtype side by side, everything else by itself."""
-    reached = part.gradients.reached(range(len(part.outputs)))
-    metas = {i: _tensor(part.metas[i], part.inputs[i]) for i in reached}
-    groups: dict[torch.dtype, list[int]] = {}
-    for i, meta in metas.items():
-        if part.program.inputs[i].kind == "parameter" and meta.stride == contiguous_stride(meta.shape):
-            groups.setdefault(meta.dtype, []).append(i)
-    flat = {i for group in groups.values() for i in group}
-    places = [packer.place(i, meta) for i, meta in metas.items() if i not in flat]
-    flats = []
-    for dtype, members in groups.items():
+@dataclass
+class _Gradients:
+    """Places of input gradients: (position of the part, place) one by one, or side by side in a Flat."""
+
+    singles: list[tuple[int, m.Place]] = field(default_factory=list)
+    flats: list[Flat] = field(default_factory=list)
+    in_flats: list[tuple[int, m.Place]] = field(default_factory=list)
+
+    def of(self, position: int) -> list[m.Place]:
+        """All places of one part."""
+        return [place for owner, place in self.singles + self.in_flats if owner == position]
+
+
+def _place_gradients(parts: Sequence[_Part], packer: Packer) -> _Gradients:
+    """Places for gradients: parameters of one dtype side by side, over all parts; everything else by itself."""
+    result = _Gradients()
+    groups: dict[torch.dtype, list[tuple[int, int, TensorMeta]]] = {}
+    for position, part in enumerate(parts):
+        for i in part.gradients.reached(range(len(part.outputs))):
+            meta = _tensor(part.metas[i], part.inputs[i])
+            if part.program.inputs[i].kind == "parameter" and meta.stride == contiguous_stride(meta.shape):
+                groups.setdefault(meta.dtype, []).append((position, i, meta))
+            else:
+                result.singles.append((position, packer.place(i, meta)))
+    for dtype, group in groups.items():
         packer.align()
-        row = [packer.place(i, metas[i], align_bytes=dtype.itemsize) for i in members]
-        first, count = row[0].tensor, sum(torch.Size(metas[i].shape).numel() for i in members)
+        row = [(position, packer.place(i, meta, align_bytes=dtype.itemsize)) for position, i, meta in group]
+        count = sum(torch.Size(meta.shape).numel() for _, _, meta in group)
+        first = row[0][1].tensor
         whole = m.TensorRef(0, first.offset_bytes, (count,), (1,), first.dtype)
-        like = tuple(torch.empty(metas[i].shape, dtype=dtype, device="meta") for i in members)
-        flats.append(Flat(m.Place(-1, whole, False), tuple(members), like))
-        places += row
-    return places, tuple(flats)
+        like = tuple(torch.empty(meta.shape, dtype=dtype, device="meta") for _, _, meta in group)
+        result.flats.append(Flat(whole, tuple((position, i) for position, i, _ in group), like))
+        result.in_flats += row
+    return result
 
 
 def _at(place: m.Place, index: int, meta: TensorMeta | int) -> m.Place:

@@ -1,7 +1,7 @@
-"""The sockets: one PUSH to each worker, one PULL of reports from all. The only importer of zmq.
+"""The ways between lead and workers: sockets for what is large or rare, a ring for what a step needs.
 
-A socket belongs to the thread that receives on it; sends to a worker may come from several threads (forward, autograd,
-the coordinator's own) and are serialised by the caller's lock.
+The only importer of zmq. A socket belongs to the thread that receives on it; sends to a worker may come from several
+threads (forward, autograd, the coordinator's own) and are serialised by the caller's lock.
 """
 
 from __future__ import annotations
@@ -10,91 +10,90 @@ import zmq
 
 from mpsrun.errors import MpsrunError
 from mpsrun.wire import codec
-from mpsrun.wire.messages import ToLead, ToWorker
+from mpsrun.wire.messages import Start, ToLead, ToWorker
+from mpsrun.wire.ring import Ring
 
 LINGER_MS = 500
-
-
-class Sender:
-    """Sends typed messages without ever blocking."""
-
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, bind: bool) -> None:
-        self._socket = _open(context, zmq.PUSH, address, bind)
-
-    def send(self, message: ToWorker | ToLead) -> None:
-        self._socket.send(codec.encode(message), zmq.NOBLOCK)
-
-    def close(self) -> None:
-        self._socket.close(LINGER_MS)
-
-
-class Receiver:
-    """Receives typed messages; every receive has a deadline."""
-
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, bind: bool) -> None:
-        self._socket = _open(context, zmq.PULL, address, bind)
-
-    def receive(self, timeout_s: float) -> bytes | None:
-        """The next message, or None once `timeout_s` has passed without one."""
-        if not self._socket.poll(timeout_s * 1000):
-            return None
-        return self._socket.recv()
-
-    def close(self) -> None:
-        self._socket.close(0)
+RING_TIMEOUT_S = 60.0
+ON_SOCKET = b""
 
 
 class WorkerChannel:
-    """A worker's end: what the lead says, and the way back."""
+    """A worker's end: what the lead says, and the way back. The first message, `Start`, names the ring."""
 
     def __init__(self, commands: str, reports: str) -> None:
         self._context = zmq.Context()
-        self._commands = Receiver(self._context, commands, bind=True)
-        self._reports = Sender(self._context, reports, bind=False)
+        self._commands = _open(self._context, zmq.PULL, commands, bind=True)
+        self._reports = _open(self._context, zmq.PUSH, reports, bind=False)
+        self._ring: Ring | None = None
 
     def receive(self, timeout_s: float) -> ToWorker | None:
         """The next message; None after `timeout_s`. Raises `BadMessage`."""
-        data = self._commands.receive(timeout_s)
-        return None if data is None else codec.decode_to_worker(data)
+        if self._ring is not None:
+            data = self._ring.read(timeout_s)
+            if data is None:
+                return None
+            if data != ON_SOCKET:
+                return codec.decode_to_worker(data)
+            timeout_s = RING_TIMEOUT_S
+        message = self._from_socket(timeout_s)
+        if isinstance(message, Start):
+            self._ring = Ring.open(message.ring)
+        return message
+
+    def _from_socket(self, timeout_s: float) -> ToWorker | None:
+        if not self._commands.poll(timeout_s * 1000):
+            return None
+        return codec.decode_to_worker(self._commands.recv())
 
     def send(self, message: ToLead) -> None:
-        self._reports.send(message)
+        self._reports.send(codec.encode(message), zmq.NOBLOCK)
 
     def close(self) -> None:
-        self._commands.close()
-        self._reports.close()
+        self._commands.close(0)
+        self._reports.close(LINGER_MS)
         self._context.term()
 
 
 class LeadChannel:
-    """The lead's end: one socket a worker, and the reports of all of them."""
+    """The lead's end: a socket and a ring to each worker, and the reports of all of them."""
 
     def __init__(self, commands: list[str], reports: str) -> None:
         self._context = zmq.Context()
         # The lead connects and the worker binds: what is sent before the worker is there waits for it.
-        self._senders = [Sender(self._context, address, bind=False) for address in commands]
-        self._reports = Receiver(self._context, reports, bind=True)
+        self._commands = [_open(self._context, zmq.PUSH, address, bind=False) for address in commands]
+        self._reports = _open(self._context, zmq.PULL, reports, bind=True)
+        self._rings = [Ring.create() for _ in commands]
+
+    def ring_of(self, worker: int) -> str:
+        """Where the ring of worker number `worker`, from 1, can be opened."""
+        return self._rings[worker - 1].path
 
     def receive(self, timeout_s: float) -> ToLead | None:
         """The next report; None after `timeout_s`. Raises `BadMessage`."""
-        data = self._reports.receive(timeout_s)
-        return None if data is None else codec.decode_to_lead(data)
+        if not self._reports.poll(timeout_s * 1000):
+            return None
+        return codec.decode_to_lead(self._reports.recv())
 
     def send(self, worker: int, message: ToWorker) -> None:
-        """Send to worker number `worker`, from 1. Never blocks."""
-        self._senders[worker - 1].send(message)
+        """Send over the socket, in order with what goes over the ring. Never blocks."""
+        self._commands[worker - 1].send(codec.encode(message), zmq.NOBLOCK)
+        if not isinstance(message, Start):
+            self._rings[worker - 1].write(ON_SOCKET, RING_TIMEOUT_S)
+
+    def send_step(self, worker: int, message: ToWorker) -> None:
+        """Send a small message over the ring. Blocks only where the worker is thousands of messages behind."""
+        self._rings[worker - 1].write(codec.encode(message), RING_TIMEOUT_S)
 
     def close(self) -> None:
         """Deliver what is on its way, with a deadline, and remove the sockets."""
-        for sender in self._senders:
-            sender.close()
-        self._reports.close()
+        for socket in self._commands:
+            socket.close(LINGER_MS)
+        self._reports.close(0)
         self._context.destroy(linger=LINGER_MS)
 
 
-def _open(
-    context: zmq.Context[zmq.Socket[bytes]], kind: int, address: str, bind: bool
-) -> zmq.Socket[bytes]:
+def _open(context: zmq.Context[zmq.Socket[bytes]], kind: int, address: str, bind: bool) -> zmq.Socket[bytes]:
     socket = context.socket(kind)
     socket.setsockopt(zmq.MAXMSGSIZE, codec.LIMIT_BYTES)
     socket.setsockopt(zmq.SNDHWM, 0)

@@ -46,7 +46,7 @@ class Place(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Start(msgspec.Struct, frozen=True, tag=True):
-    """Take this device; `submitted` and `done` are the worker's two counters."""
+    """Take this device; `submitted` and `done` are the worker's two counters, `ring` is where later messages come."""
 
     protocol: int
     device: str
@@ -55,6 +55,7 @@ class Start(msgspec.Struct, frozen=True, tag=True):
     submitted: int
     done: int
     threads: int
+    ring: str
 
 
 class Map(msgspec.Struct, frozen=True, tag=True):

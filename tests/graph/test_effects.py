@@ -1,10 +1,13 @@
 """What analyze() finds out about single nodes."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from nets import capture
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from mpsrun.graph.order import Order
 from mpsrun.graph.state import Autocast, State
 
 
@@ -44,6 +47,8 @@ def test_views_share_the_storage_of_their_base() -> None:
 
 
 class Statistics(nn.Module):
+    count: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(4)
@@ -132,7 +137,11 @@ def test_nodes_carry_grad_mode() -> None:
 
 def test_dropout_is_random_only_where_it_drops() -> None:
     x = torch.randn(8)
-    for module, random in ((nn.Dropout(0.5), True), (nn.Dropout(0.0), False), (nn.Dropout(0.5).eval(), False)):
+    for module, random in (
+        (nn.Dropout(0.5), True),
+        (nn.Dropout(0.0), False),
+        (nn.Dropout(0.5).eval(), False),
+    ):
         captured = capture(lambda x, module=module: module(x) + 1, x)
         assert any(fact.random for fact in captured.effects.facts.values()) == random
 
@@ -158,7 +167,7 @@ def test_item_is_a_sync() -> None:
 
 def test_nonzero_is_a_sync() -> None:
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        captured = capture(lambda x: x.nonzero(), torch.randn(3))
+        captured = capture(lambda x: x.nonzero() + 1, torch.randn(3))
     assert captured.effects.facts[captured.node("nonzero")].sync
 
 
@@ -178,7 +187,7 @@ def test_custom_op_is_opaque() -> None:
     with torch.library._scoped_library("mpsrun_test", "DEF") as library:
         library.define("twice(Tensor x) -> Tensor")
         library.impl("twice", lambda x: x * 2, "CompositeExplicitAutograd")
-        library.impl("twice", lambda x: torch.empty_like(x), "Meta")
+        library.impl("twice", torch.empty_like, "Meta")
         captured = capture(lambda x: torch.ops.mpsrun_test.twice(x) + 1, torch.randn(3))
         reasons = [fact.opaque for fact in captured.effects.facts.values() if fact.opaque]
     assert len(reasons) == 1
@@ -199,7 +208,9 @@ def test_frozen_parameters_stay_known() -> None:
 
 def test_symbolic_shapes_stay_symbolic() -> None:
     def model(x: Tensor) -> Tensor:
-        return F.linear(x, torch.ones(4, x.shape[1])).view(x.shape[0], 2, 2) + torch.arange(x.shape[0]).view(-1, 1, 1)
+        return F.linear(x, torch.ones(4, x.shape[1])).view(x.shape[0], 2, 2) + torch.arange(x.shape[0]).view(
+            -1, 1, 1
+        )
 
     captured = capture(model, torch.randn(3, 5), dynamic=True)
     assert "symint" in captured.effects.placeholder_kind.values()
@@ -242,3 +253,31 @@ def test_inference_mode_and_inference_tensors() -> None:
     fact = captured.effects.facts[captured.node("relu")]
     assert fact.writes
     assert fact.opaque is None
+
+
+def test_nothing_passes_a_mode_that_is_not_followed() -> None:
+    def model(q: Tensor) -> Tensor:
+        before = q.sin()
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            y = F.scaled_dot_product_attention(q, q, q)
+        return y + before + q.cos()
+
+    captured = capture(model, torch.randn(1, 2, 4, 8))
+    effects = captured.effects
+    barriers = [node for node, fact in effects.facts.items() if fact.barrier]
+    assert "_sdpa_kernel" in [getattr(node.target, "__name__", "") for node in barriers]
+    order = Order(list(effects.order), effects.deps)
+    path: list[str | fx.Node] = ["sin", barriers[0], "scaled_dot_product_attention", barriers[-1], "cos"]
+    nodes = [captured.node(step) if isinstance(step, str) else step for step in path]
+    for earlier, later in itertools.pairwise(nodes):
+        assert order.above[later] & order.bit[earlier]
+    assert captured.shape() == []
+
+
+def test_transforms_of_torch_func_stay_in_the_lead() -> None:
+    def model(x: Tensor) -> Tensor:
+        return torch.func.vmap(lambda row: row.sin() * 2 + row.cos() * 3)(x)
+
+    captured = capture(model, torch.randn(3, 4))
+    assert captured.shape() == []
+    assert captured.effects.facts[captured.node("sin")].opaque is not None

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from nets import Captured, capture
 from torch import Tensor, fx, nn
@@ -33,7 +33,9 @@ class Network(nn.Module):
     def __init__(self, steps: Sequence[Step]) -> None:
         super().__init__()
         self.steps = list(steps)
-        self.linears = nn.ModuleList(nn.Linear(SIZE, SIZE) for _ in steps)
+        linears = [nn.Linear(SIZE, SIZE) for _ in steps]
+        self.linears = nn.ModuleList(linears)
+        self.weights = [linear.weight for linear in linears]
         self.norms = nn.ModuleList(nn.BatchNorm1d(SIZE) for _ in steps)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -57,7 +59,7 @@ class Network(nn.Module):
         if kind == "view":
             return first.view(-1).view(-1, SIZE)
         if kind == "weight":
-            return first @ self.linears[index].weight.exp()
+            return first @ self.weights[index].exp()
         if kind == "add":
             return first + last
         if kind == "cat":
@@ -100,10 +102,15 @@ def run_with_branches(captured: Captured, region: Region, inputs: Sequence[Any],
     branches = list(region.branches)
     random.Random(seed).shuffle(branches)
     for branch in branches:
+        if branch.pinned is not None:
+            interpret(branch.nodes, values)
+            continue
         program, sources = extract(branch.nodes, effects, branch.outputs)
         decoded = msgspec.msgpack.decode(msgspec.msgpack.encode(program), type=Program)
         validate(decoded)
-        values.update(zip(branch.outputs, build(decoded)(*(values[source] for source in sources)), strict=True))
+        values.update(
+            zip(branch.outputs, build(decoded)(*(values[source] for source in sources)), strict=True)
+        )
     interpret(after, values)
     (output,) = captured.gm.graph.find_nodes(op="output")
     return fx.node.map_arg(output.args[0], values.__getitem__)
@@ -119,7 +126,13 @@ def interpret(nodes: Sequence[fx.Node], values: dict[fx.Node, Any]) -> None:
 forked = 0
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],  # every example compiles a network: shrinking would take minutes
+    suppress_health_check=[HealthCheck.too_slow],
+)
 @given(networks(), st.integers(0, 5))
 def check_network(network: Network, seed: int) -> None:
     global forked

@@ -57,6 +57,12 @@ def test_a_branch_that_is_also_the_models_output() -> None:
     assert capture(model, torch.randn(2, 4)).shape() == [2]
 
 
+def test_a_sum_of_towers_is_one_fork() -> None:
+    towers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(5))
+    captured = capture(lambda x: sum(tower(x) for tower in towers), torch.randn(2, 4))
+    assert captured.shape() == [5]
+
+
 class Nested(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +90,8 @@ class Residual(nn.Module):
     def __init__(self, blocks: int) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            nn.Sequential(ConvNormRelu(4, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)) for _ in range(blocks)
+            nn.Sequential(ConvNormRelu(4, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))
+            for _ in range(blocks)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -202,8 +209,7 @@ def test_input_written_afterwards_keeps_its_readers_in_the_lead() -> None:
     def model(x: Tensor) -> Tensor:
         y = x * 2
         z = left(y).tanh() + right(y).relu()
-        y.add_(1)
-        return y + z
+        return y.mul_(z.sum())
 
     captured = capture(model, torch.randn(2, 4))
     assert captured.shape() == []
@@ -266,8 +272,9 @@ class HRNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = ConvNormRelu(1, 4, 3)
-        self.to = nn.ModuleList([ConvNormRelu(4, 4, 3), ConvNormRelu(4, 8, 3, stride=2)])
-        self.stages = nn.ModuleList(nn.ModuleList([Residual(1), self.wide()]) for _ in range(2))
+        self.change = nn.ModuleList([ConvNormRelu(4, 4, 3), ConvNormRelu(4, 8, 3, stride=2)])
+        self.fine = nn.ModuleList(Residual(1) for _ in range(2))
+        self.coarse = nn.ModuleList(self.wide() for _ in range(2))
         self.up, self.down = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 3, stride=2, padding=1)
 
     @staticmethod
@@ -276,10 +283,11 @@ class HRNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
-        fine, coarse = (to(x) for to in self.to)
-        for first, second in self.stages:
-            fine, coarse = first(fine), second(coarse)
-            fine, coarse = F.relu(fine + F.interpolate(self.up(coarse), scale_factor=2)), F.relu(coarse + self.down(fine))
+        fine, coarse = (change(x) for change in self.change)
+        for fine_part, coarse_part in zip(self.fine, self.coarse, strict=True):
+            fine, coarse = fine_part(fine), coarse_part(coarse)
+            up, down = F.interpolate(self.up(coarse), scale_factor=2), self.down(fine)
+            fine, coarse = F.relu(fine + up), F.relu(coarse + down)
         return fine.mean() + coarse.mean()
 
 

@@ -1,13 +1,12 @@
 """A terminal with a shell's job control, for tests: `with Terminal(command) as terminal`.
 
-The child of the fork leads a session on a new pseudo-terminal and runs the command as its foreground job, as an
-interactive shell does. What it sees of the job (stopped, continued, ended) comes as lines through a pipe.
+A small shell leads a session on a new pseudo-terminal and runs the command as its foreground job, as an
+interactive one does. What it sees of the job (stopped, continued, ended) comes as lines through a pipe.
 """
 
 import os
 import pty
 import select
-import signal
 import subprocess
 import sys
 import time
@@ -17,10 +16,18 @@ from typing import Self
 
 SHELL = r"""
 import os, signal, subprocess, sys
+KEYS = (signal.SIGINT, signal.SIGTTOU)
 report = int(sys.argv[1])
-signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-job = subprocess.Popen(sys.argv[2:], process_group=0, preexec_fn=lambda: signal.signal(signal.SIGTTOU, signal.SIG_DFL))
-os.tcsetpgrp(0, job.pid)
+for key in KEYS:
+    signal.signal(key, signal.SIG_IGN)
+
+def become_job():
+    os.setpgid(0, 0)
+    os.tcsetpgrp(0, os.getpid())  # here and not in the shell, so that no key can come before
+    for key in KEYS:
+        signal.signal(key, signal.SIG_DFL)
+
+job = subprocess.Popen(sys.argv[2:], preexec_fn=become_job)
 while True:
     _, status = os.waitpid(job.pid, os.WUNTRACED)
     if os.WIFSTOPPED(status):
@@ -68,7 +75,10 @@ class Terminal:
             rest_s = deadline - time.monotonic()
             assert rest_s > 0, f"expected {text!r}, found {self.output!r}"
             if select.select([self.master], [], [], rest_s)[0]:
-                self.output += os.read(self.master, 4096)
+                try:
+                    self.output += os.read(self.master, 4096)
+                except OSError:  # the last process on it has ended
+                    raise AssertionError(f"expected {text!r}, found {self.output!r}") from None
         self.output = self.output.partition(text)[2]
 
     def job(self, timeout_s: float = 15) -> str:
@@ -82,4 +92,3 @@ def _take_terminal() -> None:
     import termios
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

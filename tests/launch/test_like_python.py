@@ -60,7 +60,7 @@ ENDINGS = {
     "killed": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
     "terminated": "import os, signal; os.kill(os.getpid(), signal.SIGTERM)",
     "hook": "import sys\n"
-    "sys.excepthook = lambda *a: print('hook', a[0], a[1].__traceback__ is a[2], a[2].tb_next)\nraise ValueError",
+    "sys.excepthook = lambda *a: print(a[0], a[1].__traceback__ is a[2], a[2].tb_next)\nraise ValueError",
     "hook-sees-itself": "import sys\n"
     "def h(*a): print(sys.excepthook is h)\nsys.excepthook = h\nraise ValueError",
     "at-exit": "import atexit, sys\n"

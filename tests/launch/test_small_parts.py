@@ -58,11 +58,11 @@ def test_after_an_import_that_fails_first(tmp_path: Path, monkeypatch: pytest.Mo
     seen: list[str] = []
     after_import("shaky_module", lambda: seen.append("called"))
     with pytest.raises(ImportError, match="not yet"):
-        import shaky_module  # type: ignore[import-not-found]  # noqa: F401
+        import shaky_module  # type: ignore[import-not-found]
     assert seen == []
     path.write_text("x = 'works now'")
     sys.path_importer_cache.clear()
-    import shaky_module  # noqa: F401, F811
+    import shaky_module  # noqa: F401
 
     assert seen == ["called"]
     del sys.modules["shaky_module"]

@@ -12,7 +12,8 @@ import pytest
 from tests.launch.conftest import Runner, children
 
 UP = "import os, signal, sys, time\nprint('up', os.getpid(), flush=True)\n"
-SLEEP = UP + "time.sleep(30)\n"
+# not one long sleep: a signal between Python's look and the system call would wait for its end
+SLEEP = UP + "for _ in range(3000): time.sleep(.01)\n"
 
 
 def started(runner: Runner, *args: str) -> tuple["subprocess.Popen[bytes]", int]:
@@ -164,7 +165,8 @@ def test_a_worker_ends_with_a_parent_that_is_no_launcher(tmp_path: Path) -> None
     program = (
         "import os, sys, time\nfrom pathlib import Path\nfrom mpsrun.config import Config\n"
         "from mpsrun.launch.spawn import spawn_worker\n"
-        "print(spawn_worker(Config(run_dir=Path(sys.argv[1])), 1, os.getpid()).pid, flush=True)\ntime.sleep(.5)\nos._exit(0)"
+        "print(spawn_worker(Config(run_dir=Path(sys.argv[1])), 1, os.getpid()).pid, flush=True)\n"
+        "time.sleep(.5)\nos._exit(0)"
     )
     import sys
 

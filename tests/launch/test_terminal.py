@@ -13,6 +13,8 @@ COMMANDS = {
     "serial": ("-m", "mpsrun", "--lanes", "serial"),
     "workers": ("-m", "mpsrun", "--workers", "1"),
 }
+# not one long sleep: a signal between Python's look and the system call would wait for its end
+SLEEP = "print('up', flush=True); [time.sleep(.01) for _ in range(3000)]\n"
 
 
 @pytest.fixture(params=COMMANDS)
@@ -26,7 +28,7 @@ def open_terminal(runner: Runner, command: list[str], text: str) -> Terminal:
 
 
 def test_ctrl_c_ends_by_sigint(runner: Runner, command: list[str]) -> None:
-    text = "import time, atexit\natexit.register(print, 'saved')\nprint('up', flush=True)\ntime.sleep(30)"
+    text = "import time, atexit\natexit.register(print, 'saved')\n" + SLEEP
     with open_terminal(runner, command, text) as terminal:
         terminal.expect(b"up")
         terminal.type(b"\x03")
@@ -37,8 +39,8 @@ def test_ctrl_c_ends_by_sigint(runner: Runner, command: list[str]) -> None:
 
 def test_ctrl_c_may_be_caught_and_comes_once(runner: Runner, command: list[str]) -> None:
     text = (
-        "import time\nprint('up', flush=True)\ncount = 0\n"
-        "try:\n    time.sleep(30)\nexcept KeyboardInterrupt:\n    count += 1\n"
+        "import time\ncount = 0\n"
+        "try:\n    " + SLEEP + "except KeyboardInterrupt:\n    count += 1\n"
         "try:\n    time.sleep(0.5)\nexcept KeyboardInterrupt:\n    count += 1\n"
         "print('interrupts', count)\nraise SystemExit(5)"
     )
@@ -81,7 +83,7 @@ def test_a_closed_terminal_ends_the_run(runner: Runner, command: list[str]) -> N
     text = (
         "import signal, time\n"
         "def gone(*_):\n    open('gone', 'a').write('x')\n    raise SystemExit(4)\n"
-        "signal.signal(signal.SIGHUP, gone)\nprint('up', flush=True)\ntime.sleep(30)"
+        "signal.signal(signal.SIGHUP, gone)\n" + SLEEP
     )
     with open_terminal(runner, command, text) as terminal:
         terminal.expect(b"up")

@@ -1,0 +1,104 @@
+"""Finds the networks of an unchanged script: every outermost module with parameters that it calls is compiled in place.
+
+While it is installed, `torch.nn.Module` has a class-wide `_compiled_call_impl`, the very attribute in which
+`module.compile()` leaves the compiled call of one module. It goes away once the script's training step is known.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from mpsrun import log
+from mpsrun.run import backend
+
+DONE_STEPS = 2  # optimizer steps after which every network of a training step has been called
+RECOMPILE_LIMIT = 256  # train/eval, grad, frozen, autocast and batch sizes multiply
+
+
+def install() -> None:
+    """Start to look for networks. Takes itself away when done."""
+    Discovery().install()
+
+
+class Discovery:
+    """Runs the first call of each outermost module plain, and compiles it in place for the calls after."""
+
+    def __init__(self) -> None:
+        self._thread = threading.local()
+        self._steps = 0
+        self._step_hook: Any = None
+
+    def install(self) -> None:
+        discovery = self
+
+        def first_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return discovery.call(module, args, kwargs)
+
+        nn.Module._compiled_call_impl = first_call  # type: ignore[assignment]
+        self._step_hook = register_optimizer_step_post_hook(self._stepped)
+
+    def remove(self) -> None:
+        """Leave torch as it was; what has been compiled stays compiled."""
+        nn.Module._compiled_call_impl = None
+        if self._step_hook is not None:
+            self._step_hook.remove()
+            self._step_hook = None
+
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call of any module that has not been compiled."""
+        if getattr(self._thread, "inside", False) or not _is_network(module):
+            return module._call_impl(*args, **kwargs)
+        self._thread.inside = True
+        try:
+            result = module._call_impl(*args, **kwargs)
+        finally:
+            self._thread.inside = False
+        compile_in_place(_core(module))
+        return result
+
+    def _stepped(self, *_: Any) -> None:
+        self._steps += 1
+        if self._steps == DONE_STEPS:
+            self.remove()
+
+
+def compile_in_place(module: nn.Module) -> None:
+    """Compile a module's call with this backend. Names in its `state_dict` do not change."""
+    if module.__dict__.get("_compiled_call_impl") is not None:
+        return
+    _prepare_dynamo()
+    log.detail(f"compiling {type(module).__name__} in place")
+    module.compile(backend=backend.mpsrun)
+
+
+def _is_network(module: nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if "torch._dynamo" in sys.modules and isinstance(module, torch._dynamo.eval_frame.OptimizedModule):
+        return False
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return False
+    return any(True for _ in module.parameters())
+
+
+def _core(module: nn.Module) -> nn.Module:
+    """The network inside a data-parallel wrapper, which keeps its own bookkeeping around the call."""
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        return module.module
+    return module
+
+
+def _prepare_dynamo() -> None:
+    """Settings without which Dynamo would give up on ordinary training scripts."""
+    import torch._dynamo.config as dynamo
+
+    dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)
+    dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 4 * RECOMPILE_LIMIT)
+    dynamo.allow_rnn = True
+    dynamo.skip_nnmodule_hook_guards = False

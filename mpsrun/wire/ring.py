@@ -1,0 +1,93 @@
+"""A one-way queue of small messages in shared memory: what a step needs, without a socket's way through its threads.
+
+    [ head: uint32 | ... | tail: uint32 | ... | records, each a length (uint32) and its bytes, padded to 4 bytes ]
+
+The writer owns `head`, the reader `tail`; both only grow and count bytes modulo 2**32. A record of length 0 says that
+the next message is on the socket, so that both ways together keep one order. Records wrap around the end bytewise.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import time
+import weakref
+
+from mpsrun.device.futex import Futex
+from mpsrun.errors import MpsrunError
+
+CAPACITY_BYTES = 1 << 20
+_HEAD, _TAIL, _DATA = 0, 64, 128
+_SLICE_S = 0.5
+_MASK = 0xFFFFFFFF
+
+
+class Ring:
+    """Either end of a ring; one process writes, one reads."""
+
+    def __init__(self, pages: mmap.mmap, path: str) -> None:
+        self.path = path
+        self._pages = pages
+        self._data = memoryview(pages)[_DATA:]
+        self._head = ctypes.c_uint32.from_buffer(pages, _HEAD)
+        self._tail = ctypes.c_uint32.from_buffer(pages, _TAIL)
+        self._futex = Futex()
+
+    @classmethod
+    def create(cls) -> Ring:
+        """A ring in a memfd, which another process of this user opens by `path`."""
+        fd = os.memfd_create("mpsrun-ring", os.MFD_CLOEXEC)
+        os.ftruncate(fd, _DATA + CAPACITY_BYTES)
+        ring = cls(mmap.mmap(fd, _DATA + CAPACITY_BYTES), f"/proc/{os.getpid()}/fd/{fd}")
+        weakref.finalize(ring, os.close, fd).atexit = False
+        return ring
+
+    @classmethod
+    def open(cls, path: str) -> Ring:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            return cls(mmap.mmap(fd, _DATA + CAPACITY_BYTES), path)
+        finally:
+            os.close(fd)
+
+    def write(self, message: bytes, timeout_s: float) -> None:
+        """Append a message; empty stands for one on the socket. Waits for room only where the reader is far behind."""
+        size = 4 + -(-len(message) // 4) * 4
+        if size > CAPACITY_BYTES // 4:
+            raise MpsrunError(f"expected a message of at most {CAPACITY_BYTES // 4} bytes, found {len(message)}")
+        deadline = time.monotonic() + timeout_s
+        while CAPACITY_BYTES - (self._head.value - self._tail.value & _MASK) < size:
+            if time.monotonic() > deadline:
+                raise MpsrunError(f"a worker has not read its messages for {timeout_s:g} s")
+            self._futex.wait(ctypes.addressof(self._tail), self._tail.value, 0.001)
+        record = len(message).to_bytes(4, "little") + message
+        self._put(self._head.value, record)
+        self._head.value = self._head.value + size & _MASK
+        self._futex.wake(ctypes.addressof(self._head))
+
+    def read(self, timeout_s: float) -> bytes | None:
+        """The next message, or None after `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        while self._head.value == self._tail.value:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                return None
+            self._futex.wait(ctypes.addressof(self._head), self._tail.value, min(left_s, _SLICE_S))
+        length = int.from_bytes(self._get(self._tail.value, 4), "little")
+        if length > CAPACITY_BYTES // 4:
+            raise MpsrunError(f"expected a record of at most {CAPACITY_BYTES // 4} bytes, found {length}")
+        message = self._get(self._tail.value + 4, length)
+        self._tail.value = self._tail.value + 4 + -(-length // 4) * 4 & _MASK
+        return message
+
+    def _put(self, position: int, record: bytes) -> None:
+        start = position % CAPACITY_BYTES
+        first = min(len(record), CAPACITY_BYTES - start)
+        self._data[start : start + first] = record[:first]
+        self._data[: len(record) - first] = record[first:]
+
+    def _get(self, position: int, size: int) -> bytes:
+        start = position % CAPACITY_BYTES
+        first = min(size, CAPACITY_BYTES - start)
+        return bytes(self._data[start : start + first]) + bytes(self._data[: size - first])

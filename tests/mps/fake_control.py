@@ -1,0 +1,88 @@
+"""A scripted `nvidia-cuda-mps-control`: behaves as documented, or as FAKE_MPS says; no GPU needed.
+
+The daemon (`-f`) listens on a socket in CUDA_MPS_PIPE_DIRECTORY, has one server (a sleeping child) from
+`start_server` on, and tells as clients the pids in the file `clients` there. FAKE_MPS of the client: hang,
+garbage, refuse (status 1 with the driver's text). FAKE_MPS_DAEMON: fails (ends at once), mute (accepts, never
+answers), stubborn (does not end on quit), slow (listens after half a second).
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PIPE_DIR = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
+
+
+def client() -> int:
+    behaviour = os.environ.get("FAKE_MPS", "")
+    if behaviour == "hang":
+        time.sleep(60)
+    if behaviour == "garbage":
+        print("Segmentation fault \x00 12 monkeys")
+        return 0
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.connect(str(PIPE_DIR / "control"))
+    except OSError:
+        behaviour = "refuse"
+    if behaviour == "refuse":
+        print("Cannot find MPS control daemon process")
+        return 1
+    for line in sys.stdin:
+        connection.sendall(line.encode())
+        print(connection.makefile().readline().rstrip("\n").replace(";", "\n"), end="")
+    return 0
+
+
+def daemon() -> int:
+    behaviour = os.environ.get("FAKE_MPS_DAEMON", "")
+    if behaviour == "fails":
+        print("Insufficient permissions", flush=True)
+        return 1
+    if behaviour == "slow":
+        time.sleep(0.5)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(PIPE_DIR / "control"))
+    listener.listen()
+    (PIPE_DIR / "environment").write_text("\n".join(sorted(os.environ)))
+    servers: list[subprocess.Popen[bytes]] = []
+    while True:
+        connection, _ = listener.accept()
+        command = connection.makefile().readline().split()
+        if behaviour == "mute" or (behaviour == "stubborn" and command == ["quit"]):
+            time.sleep(60)
+        connection.sendall(answer(command, servers).encode() + b"\n")
+        if command == ["quit"]:
+            return 0
+
+
+def answer(command: list[str], servers: list["subprocess.Popen[bytes]"]) -> str:
+    match command:
+        case ["start_server", *_]:
+            servers.append(subprocess.Popen(["sleep", "60"]))
+        case ["get_server_list"]:
+            return ";".join(str(server.pid) for server in servers)
+        case ["get_client_list", pid] if int(pid) in [server.pid for server in servers]:
+            clients = PIPE_DIR / "clients"
+            return ";".join(clients.read_text().split()) if clients.exists() else ""
+        case ["terminate_client", server_pid, client_pid] if f"{client_pid}" in answer(
+            ["get_client_list", server_pid], servers
+        ).split(";"):
+            return ""
+        case ["quit"]:
+            if os.environ.get("FAKE_MPS_DAEMON") != "leaves-server":
+                for server in servers:
+                    server.kill()
+                    server.wait()
+        case _:
+            return "Command failed"
+    return ""
+
+
+if __name__ == "__main__":
+    sys.exit(daemon() if sys.argv[1:] == ["-f"] else client())

@@ -1,0 +1,16 @@
+"""A network on lanes does what the plain network does: outputs, gradients, parameters, buffers, random numbers."""
+
+import pytest
+import torch
+from networks import SMALL
+from transparency import assert_transparent
+
+from mpsrun.run.coordinator import Coordinator
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("name", SMALL)
+def test_small_networks(workers: Coordinator, name: str, count: int) -> None:
+    case = SMALL[name]
+    with torch._dynamo.config.patch(allow_rnn=True):
+        assert_transparent(case.model, case.inputs, count, case.regions, used=case.used)
