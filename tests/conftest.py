@@ -46,13 +46,14 @@ def _end_of_session() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _nothing_left_behind(_end_of_session: None) -> Iterator[None]:
+def _nothing_left_behind(_end_of_session: None, request: pytest.FixtureRequest) -> Iterator[None]:
     """No process, socket, run directory or shared memory outlives a test module, but the shared workers."""
     from footprint import Footprint
 
-    before = Footprint.now()
+    before, failed = Footprint.now(), request.session.testsfailed
     yield
-    before.wait_until_gone()
+    if request.session.testsfailed == failed:  # the tracebacks of failed tests keep what they used
+        before.wait_until_gone()
 
 
 @pytest.fixture(autouse=True)

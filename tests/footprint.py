@@ -85,14 +85,15 @@ def _shared_memory() -> frozenset[str]:
 
 
 def _memory_files() -> int:
-    """Memory that this process shares, beside the arena of the shared workers."""
-    inodes = set()
-    for entry in Path("/proc/self/fd").iterdir():
-        try:
-            if "memfd:mpsrun" in str(entry.readlink()):
-                inodes.add(entry.stat().st_ino)
-        except FileNotFoundError:  # closed meanwhile
-            continue
+    """Memory that this process shares, beside what the shared workers keep for themselves."""
     coordinator = pool.current()
-    arena = 0 if coordinator is None else 1 + len(coordinator._arena.chunks)
-    return len(inodes) - arena
+    if coordinator is not None:
+        return len(coordinator.device.exported())
+    return len({entry.stat().st_ino for entry in Path("/proc/self/fd").iterdir() if _is_memfd(entry)})
+
+
+def _is_memfd(entry: Path) -> bool:
+    try:
+        return "memfd:mpsrun" in str(entry.readlink())
+    except FileNotFoundError:  # closed meanwhile
+        return False

@@ -13,13 +13,15 @@ from torch import Tensor, nn
 class Case:
     """A network, its inputs, and the branches of each of its regions.
 
-    used: how many workers a region can keep busy, where branches have to stay in the lead.
+    used: how many workers a region can keep busy, where branches have to stay in the lead. forward_only: the regions
+    whose workers have nothing to do in backward.
     """
 
     model: Callable[[], nn.Module]
     inputs: Callable[[], tuple[Any, ...]]
     regions: tuple[int, ...]
     used: int | None = None
+    forward_only: tuple[int, ...] = ()
 
 
 def images(count: int = 4, channels: int = 3, size: int = 6) -> tuple[Tensor, ...]:
@@ -150,12 +152,12 @@ class NestedForks(nn.Module):
 
 
 class Norms(nn.Module):
-    """Batch norms with running averages, cumulative averages and none, and one whose output nobody uses."""
+    """Batch norms with running averages and without, and one whose output nobody uses."""
 
     def __init__(self) -> None:
         super().__init__()
         self.left = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Tanh())
-        self.middle = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4, momentum=None), nn.Tanh())
+        self.middle = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4, momentum=0.3, affine=False), nn.Tanh())
         self.right = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Tanh())
         self.idle = nn.BatchNorm1d(4, affine=False)
 
@@ -389,20 +391,20 @@ SMALL = {
     "in place": Case(InPlace, rows, (2,)),
     "googlenet": Case(GoogLeNet, images, (4,) * 9),
     "nested forks": Case(NestedForks, rows, (2, 2)),
-    "batch norm": Case(Norms, rows, (3,)),
+    "batch norm": Case(Norms, rows, (3, 2)),
     "dropout": Case(Dropouts, rows, (4,), used=2),
     "shared parameter": Case(SharedParameter, rows, (3,)),
     "tied weight": Case(TiedWeight, rows, (2,)),
-    "several tensors": Case(SeveralTensors, rows, (2,)),
+    "several tensors": Case(SeveralTensors, rows, (2, 2, 2), forward_only=(1,)),
     "views out": Case(ViewsOut, rows, (3,)),
     "output too": Case(OutputToo, rows, (2,)),
     "residual chain": Case(ResidualChain, rows, ()),
     "projected residuals": Case(ProjectedResiduals, rows, (2, 2, 2)),
     "embeddings": Case(Embeddings, tokens, (2,)),
-    "recurrent": Case(Recurrent, sequences, (2,)),
+    "recurrent": Case(Recurrent, sequences, (2, 2)),
     "transformers": Case(Transformers, lambda: (torch.randn(2, 5, 8),), (3,)),
     "frozen": Case(Frozen, rows, (3,)),
     "constants": Case(Constants, rows, (2,)),
-    "channels last": Case(ChannelsLast, images, (2,)),
+    "channels last": Case(ChannelsLast, images, (2, 2)),
     "modes inside": Case(ModesInside, rows, (2,)),
 }

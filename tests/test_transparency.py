@@ -13,4 +13,5 @@ from mpsrun.run.coordinator import Coordinator
 def test_small_networks(workers: Coordinator, name: str, count: int) -> None:
     case = SMALL[name]
     with torch._dynamo.config.patch(allow_rnn=True):
-        assert_transparent(case.model, case.inputs, count, case.regions, used=case.used)
+        options = {"used": case.used, "forward_only": case.forward_only}
+        assert_transparent(case.model, case.inputs, count, case.regions, **options)  # type: ignore[arg-type]

@@ -4,14 +4,17 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 from mpsrun.config import Config
 from mpsrun.errors import UsageError
 from mpsrun.launch.family import parent_env
 from mpsrun.launch.python_flags import python_flags
 from mpsrun.launch.target import Target
+from mpsrun.mps.control import LOG_DIRECTORY, PIPE_DIRECTORY
+from mpsrun.mps.lifecycle import GUARD_LOG
 
 
 def spawn_worker(config: Config, index: int, parent_pid: int) -> subprocess.Popen[bytes]:
@@ -22,15 +25,7 @@ def spawn_worker(config: Config, index: int, parent_pid: int) -> subprocess.Pope
     `config.worker_log(index)`.
     """
     with config.worker_log(index).open("ab", buffering=0) as log:
-        return subprocess.Popen(
-            # -P: a worker runs no code of the user's, whose files must not hide the modules that it imports
-            [sys.executable, "-P", "-m", "mpsrun", "worker", str(index)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=_with_package(os.environ | config.to_env() | parent_env(parent_pid)),
-            process_group=0,
-        )
+        return _spawn_own(["worker", str(index)], log, os.environ | config.to_env(), parent_pid)
 
 
 def spawn_lead(
@@ -46,6 +41,13 @@ def spawn_lead(
         env=os.environ | config.to_env() | parent_env(parent_pid, mask),
         close_fds=False,
     )
+
+
+def spawn_guard(pipe_dir: Path, log_dir: Path, parent_pid: int) -> subprocess.Popen[bytes]:
+    """Start the process that owns a private CUDA MPS daemon, and ends it on SIGTERM or when we die."""
+    directories = {PIPE_DIRECTORY: str(pipe_dir), LOG_DIRECTORY: str(log_dir)}
+    with (log_dir / GUARD_LOG).open("ab", buffering=0) as log:
+        return _spawn_own(["mps-daemon", str(pipe_dir)], log, os.environ | directories, parent_pid)
 
 
 def run_plain(config: Config, target: Target, mask: Collection[int] = ()) -> None:
@@ -67,6 +69,20 @@ def make_log_dir(config: Config) -> None:
             f"expected --log-dir to be a directory that can be written, found {config.log_dir}: "
             f"{error.strerror}; name another one"
         ) from None
+
+
+def _spawn_own(
+    role: Sequence[str], log: IO[bytes], environ: Mapping[str, str], parent_pid: int
+) -> subprocess.Popen[bytes]:
+    """Start a process that runs none of the user's code, in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "mpsrun", *role],  # -P: the user's files must not hide what it imports
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=_with_package({**environ, **parent_env(parent_pid)}),
+        process_group=0,
+    )
 
 
 def _with_package(environ: Mapping[str, str]) -> dict[str, str]:

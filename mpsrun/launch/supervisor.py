@@ -1,6 +1,7 @@
 """The supervisor: parent of lead, workers and a private CUDA MPS daemon, from their start to their end."""
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -10,10 +11,9 @@ from dataclasses import dataclass, replace
 from mpsrun.config import Config
 from mpsrun.launch import signals
 from mpsrun.launch.ending import end
-from mpsrun.launch.family import parent_env
 from mpsrun.launch.hardware import Hardware
 from mpsrun.launch.rundir import private_run_dir
-from mpsrun.launch.spawn import make_log_dir, spawn_lead, spawn_worker
+from mpsrun.launch.spawn import make_log_dir, spawn_guard, spawn_lead, spawn_worker
 from mpsrun.launch.target import Target
 from mpsrun.log import say
 from mpsrun.mps.lifecycle import cuda_mps
@@ -41,7 +41,8 @@ def supervise(config: Config, target: Target, hardware: Hardware) -> Ending:
     with signals.held() as mask, private_run_dir() as run_dir:
         config = replace(config, run_dir=run_dir)
         make_log_dir(config)
-        mps = cuda_mps(config, hardware.kind == "nvidia", hardware.reason, parent_env(os.getpid()))
+        start_guard = functools.partial(spawn_guard, parent_pid=os.getpid())
+        mps = cuda_mps(config, hardware.kind == "nvidia", hardware.reason, start_guard)
         with mps, _workers(config) as workers:
             if early := signal.sigpending() & signals.ENDING:
                 return Ending(-min(early))

@@ -4,9 +4,8 @@ import contextlib
 import os
 import shutil
 import subprocess
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from mpsrun.config import Config
@@ -15,15 +14,19 @@ from mpsrun.log import detail, say
 from mpsrun.mps.control import CONTROL, LOG_DIRECTORY, PIPE_DIRECTORY, Control, pipe_dir_in_force
 
 START_S = 15.0
+GUARD_LOG = "mps-daemon.log"
 STOP_S = 4.5  # longer than the guard's own deadlines
 _POLL_S = 0.02
 
+# starts the process that owns a private daemon (see guard.py) with a pipe and a log directory
+StartGuard = Callable[[Path, Path], "subprocess.Popen[bytes]"]
+
 
 @contextlib.contextmanager
-def cuda_mps(config: Config, has_gpu: bool, no_gpu_reason: str, parent: Mapping[str, str]) -> Iterator[None]:
+def cuda_mps(config: Config, has_gpu: bool, no_gpu_reason: str, start_guard: StartGuard) -> Iterator[None]:
     """Let the processes started inside be clients of a CUDA MPS daemon, as `config.mps` says.
 
-    They learn of it through the environment. `parent`: the variables which tie a child to this process. A
+    They learn of it through the environment. A
     daemon that was there before is joined and left as it was. Raises UsageError for `--mps on` where that
     is impossible; under `auto` one line says why, and the GPU is shared by time slices.
     """
@@ -42,16 +45,16 @@ def cuda_mps(config: Config, has_gpu: bool, no_gpu_reason: str, parent: Mapping[
         detail(f"joined the CUDA MPS daemon in {pipe_dir_in_force()}")
         yield
     else:
-        with _private(config, parent):
+        with _private(config, start_guard):
             yield
 
 
 @contextlib.contextmanager
-def _private(config: Config, parent: Mapping[str, str]) -> Iterator[None]:
+def _private(config: Config, start_guard: StartGuard) -> Iterator[None]:
     variables = {PIPE_DIRECTORY: str(config.mps_pipe_dir), LOG_DIRECTORY: str(config.mps_log_dir)}
     config.mps_pipe_dir.mkdir(mode=0o700)
     config.mps_log_dir.mkdir(mode=0o700, exist_ok=True)
-    guard = start_guard(config.mps_pipe_dir, config.mps_log_dir, parent)
+    guard = start_guard(config.mps_pipe_dir, config.mps_log_dir)
     try:
         try:
             wait_ready(guard, Control(config.mps_pipe_dir, deadline_s=2.0), config.mps_log_dir)
@@ -64,19 +67,6 @@ def _private(config: Config, parent: Mapping[str, str]) -> Iterator[None]:
                 yield
     finally:
         stop_guard(guard)
-
-
-def start_guard(pipe_dir: Path, log_dir: Path, parent: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start the process that owns a private daemon; it ends it on SIGTERM and when its parent dies."""
-    with (log_dir / "mps-daemon.log").open("ab", buffering=0) as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "mpsrun", "mps-daemon", str(pipe_dir)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **parent, PIPE_DIRECTORY: str(pipe_dir), LOG_DIRECTORY: str(log_dir)},
-            process_group=0,
-        )
 
 
 def wait_ready(guard: subprocess.Popen[bytes], control: Control, log_dir: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from mpsrun import log
 from mpsrun.config import Config, available_cores
-from mpsrun.device import ChunkHandle, Device, open_device
+from mpsrun.device import ChunkHandle, Device
 from mpsrun.device.arena import Arena, Room
 from mpsrun.errors import MpsrunError, WorkerError
 from mpsrun.run import state as modes
@@ -33,11 +33,19 @@ GRACE = 2.0  # a wait outlasts the watchdog by this factor, so that the watchdog
 class Coordinator:
     """One a process and device. `lock` orders all submissions; the watching thread takes it only for moments."""
 
-    def __init__(self, settings: Config, device: Device, end_worker: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        settings: Config,
+        device: Device,
+        end_worker: Callable[[int], None],
+        when_started: Callable[[Coordinator], None],
+    ) -> None:
         self.settings = settings
         self.device = device
         self.lock = threading.RLock()
         self._end_worker = end_worker
+        self._when_started = when_started
+        self._all_started = False
         count = settings.worker_count()
         addresses = [settings.worker_socket(i) for i in range(1, count + 1)]
         self._channel = LeadChannel(addresses, settings.report_socket)
@@ -190,6 +198,10 @@ class Coordinator:
                 self._changed.wait(0.1)
         return {link.index: link.counts for link in asked if link.counts is not None}
 
+    def fail(self, error: Exception) -> None:
+        """Have the lead raise this at its next crossing."""
+        self._error = error
+
     def usable(self) -> list[int]:
         """The workers that can be planned with: all which are not lost."""
         return [link.index for link in self.links if link.lost is None]
@@ -244,6 +256,9 @@ class Coordinator:
             self._hear(message)
             message = self._channel.receive(0)
         self._settle()
+        if not self._all_started and all(link.started or link.lost for link in self.links):
+            self._all_started = True
+            threading.Thread(target=self._when_started, args=(self,), daemon=True).start()
         for link in self.links:
             self._examine(link)
             if link.lost is not None and link.tasks:
@@ -337,8 +352,3 @@ def as_lead_error(worker: int, reason: str, failure: m.Failed | None) -> Excepti
         except TypeError:  # a type that wants more than a text
             return WorkerError(f"{failure.kind}: {text}")
     return WorkerError(f"{failure.kind}: {text}")
-
-
-def open_coordinator(settings: Config, kind: str, index: int, end_worker: Callable[[int], None]) -> Coordinator:
-    """A coordinator for one device of this process."""
-    return Coordinator(settings, open_device(kind, index), end_worker)

@@ -44,7 +44,7 @@ class Share:
     gradients: Gradients
     outputs: range
     spans: tuple[int, ...] = ()
-    pointers: list[int] = field(default_factory=list)
+    pointers: list[int] | None = None
     statics: dict[int, torch.Tensor] | None = None
 
     @property

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
 
 from mpsrun import log
 
 if TYPE_CHECKING:
     from mpsrun.graph.regions import Region
     from mpsrun.run.crossing import Crossing
+    from mpsrun.wire.messages import Counts
 
 
 @dataclass(frozen=True)
 class RegionReport:
-    """A region that runs on several lanes: one lane a branch (0 is the lead), and the job of each worker."""
+    """A region on its lanes.
+
+    lanes: by branch, 0 for the lead or the number of a worker. first_ops: by branch, what it starts with. jobs: by
+    worker, the job in which its branches run.
+    """
 
     where: str | None
     lanes: tuple[int, ...]
+    first_ops: tuple[str, ...]
     jobs: dict[int, int]
 
 
@@ -41,7 +52,8 @@ class Graph:
 
     def accept(self, region: Region, lanes: tuple[int, ...], crossing: Crossing) -> None:
         jobs = {share.link.index: share.job for share in crossing.shares}
-        self.regions.append(RegionReport(region.where, lanes, jobs))
+        first_ops = tuple(branch.nodes[0].name for branch in region.branches)
+        self.regions.append(RegionReport(region.where, lanes, first_ops, jobs))
 
     def _refuse(self, text: str) -> None:
         if text not in self.refusals:
@@ -50,3 +62,19 @@ class Graph:
 
 
 graphs: list[Graph] = []
+
+
+def print_table(counts: Mapping[int, Counts]) -> None:
+    """Write to stderr which branch ran where, and how often its worker says that it did."""
+    table = Table("region", "branch", "ran in", "forward", "backward", title="branches")
+    regions = [(graph, region) for graph in graphs for region in graph.regions if graph.calls]
+    for number, (graph, region) in enumerate(regions, 1):
+        for branch, (lane, name) in enumerate(zip(region.lanes, region.first_ops, strict=True), 1):
+            told = counts.get(lane)
+            job = region.jobs.get(lane, 0)
+            forward = told.forwards.get(job, 0) if told else graph.calls if lane == 0 else 0
+            backward = str(told.backwards.get(job, 0)) if told else ""
+            where = f"worker {lane}" if lane else "lead"
+            table.add_row(str(number), f"{branch}: {name}", where, str(forward), backward)
+    if table.row_count:
+        Console(file=sys.__stderr__, stderr=True).print(table)

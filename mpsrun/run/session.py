@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import os
+import select
 import signal
 import threading
-import time
 
 import torch
 
 from mpsrun import config, log
 from mpsrun.config import Config
+from mpsrun.device import open_device
 from mpsrun.errors import MpsrunError
-from mpsrun.run.coordinator import Coordinator, open_coordinator
+from mpsrun.launch.ending import end
+from mpsrun.launch.rundir import private_run_dir
+from mpsrun.launch.spawn import spawn_worker
+from mpsrun.mps.control import Control, ControlError, pipe_dir_in_force
+from mpsrun.mps.verify import verify
+from mpsrun.run import report
+from mpsrun.run.coordinator import Coordinator
 
 END_DEADLINE_S = 5.0
 
@@ -22,6 +30,7 @@ _lock = threading.Lock()
 _coordinator: Coordinator | None = None
 _reason: str | None = None
 _owned = contextlib.ExitStack()
+_registered = False
 
 
 def worker_count() -> int:
@@ -49,71 +58,90 @@ def why_none() -> str:
     return _reason or "the workers serve another kind of device"
 
 
+def current() -> Coordinator | None:
+    """The coordinator, if one was needed so far."""
+    return _coordinator
+
+
 def close() -> None:
     """Stop the workers; the next region that needs them starts new ones."""
     global _coordinator, _reason
     with _lock:
         if _coordinator is not None:
+            if _coordinator.settings.verbose:
+                report.print_table(_coordinator.counts())
             _coordinator.close()
         _coordinator = _reason = None
         _owned.close()
 
 
 def _open(kind: str) -> Coordinator:
+    global _registered
     settings = config.current()
     if settings.run_dir is None:
         settings = _start_own_workers(settings)
-    index = torch.cuda.current_device() if kind == "cuda" else 0
-    atexit.register(close)
-    os.register_at_fork(after_in_child=_forget)
-    return open_coordinator(settings, kind, index, end_worker)
+    if not _registered:
+        _registered = True
+        atexit.register(close)
+        os.register_at_fork(after_in_child=_forget)
+    device = open_device(kind, torch.cuda.current_device() if kind == "cuda" else 0)
+    return Coordinator(settings, device, end_worker, _tell_mode)
 
 
 def _start_own_workers(settings: Config) -> Config:
     """Without the launcher this process is the workers' parent."""
-    import dataclasses
-
-    from mpsrun.launch.rundir import private_run_dir
-    from mpsrun.launch.spawn import spawn_worker
-
     if threading.current_thread() is not threading.main_thread():
         raise MpsrunError("workers can only be started from the main thread; start the script with mpsrun")
     settings = dataclasses.replace(settings, run_dir=_owned.enter_context(private_run_dir()))
     for index in range(1, settings.worker_count() + 1):
         process = spawn_worker(settings, index, os.getpid())
-        _owned.callback(_reap, process)
+        _owned.callback(end, [process], END_DEADLINE_S)
     log.say(f"without the launcher: started {settings.worker_count()} workers of this process's own")
     return settings
 
 
-def _reap(process: object) -> None:
-    import subprocess
-
-    if isinstance(process, subprocess.Popen):
-        try:
-            process.wait(END_DEADLINE_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(END_DEADLINE_S)
+def _tell_mode(coordinator: Coordinator) -> None:
+    """Say in one line which mode runs, once all workers are there; under `--mps on` anything else is an error."""
+    pids = [os.getpid(), *(link.pid for link in coordinator.links if link.pid is not None and link.lost is None)]
+    attachment = verify(pids, coordinator.device.kind == "cuda")
+    log.say(f"{attachment}, {len(pids) - 1} workers")
+    if coordinator.settings.mps == "on" and attachment.mode != "CUDA MPS":
+        coordinator.fail(MpsrunError(f"expected CUDA MPS (--mps on), found {attachment}; see the log of its server"))
 
 
 def _forget() -> None:
     """A forked child has none of the parent's threads, sockets and workers."""
     global _coordinator, _reason
     _coordinator, _reason = None, "this process was forked from the one that has the workers"
+    _owned.pop_all()
 
 
 def end_worker(pid: int) -> None:
-    """End a worker that does not answer, and return when it is gone."""
+    """End a worker that does not answer; returns when it is gone, or after a deadline.
+
+    A client of CUDA MPS that is killed in a running kernel would take the other clients' contexts along, so that its
+    server is asked first to let go of it.
+    """
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
         return
     try:
+        if torch.cuda.is_initialized():
+            _terminate_client(pid)
         signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-        deadline = time.monotonic() + END_DEADLINE_S
-        import select
-
-        select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
+        select.select([descriptor], [], [], END_DEADLINE_S)
+    except ProcessLookupError:
+        return
     finally:
         os.close(descriptor)
+
+
+def _terminate_client(pid: int) -> None:
+    control = Control(pipe_dir_in_force(), END_DEADLINE_S)
+    try:
+        for server in control.server_list():
+            if pid in control.client_list(server):
+                control.terminate_client(server, pid)
+    except ControlError as error:
+        log.detail(f"worker {pid} could not be detached from CUDA MPS: {error}")

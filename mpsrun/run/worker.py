@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import collections
 import os
-import signal
-import threading
-import time
 import traceback
 
 import torch
@@ -156,18 +153,9 @@ class Worker:
 
 
 def main(index: int) -> None:
-    """Entry point of `mpsrun worker N`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the script; the launcher ends the workers
+    """Serve as worker `index`, from 1; the process is tied to its parent already. Does not return."""
     settings = config.current()
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     channel = WorkerChannel(settings.worker_socket(index), settings.report_socket)
     Worker(index, channel).run()
     channel.close()
-    os._exit(0)  # no interpreter shutdown: CUDA IPC memory is closed by the driver, in whatever order
-
-
-def _end_with_parent(parent: int) -> None:
-    """A second line beside the parent-death signal, which is tied to a thread of the parent."""
-    while os.getppid() == parent:
-        time.sleep(POLL_S)
-    os._exit(1)
+    os._exit(0)  # no interpreter shutdown: memory shared by CUDA IPC is closed by the driver, in whatever order

@@ -161,6 +161,22 @@ def test_processes_find_main(runner: Runner, same: Same, method: str, as_module:
     assert b"\n[]" in done.stdout
 
 
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_dataloader_workers(runner: Runner, method: str) -> None:
+    runner.script(
+        "import torch\n"
+        "class Squares(torch.utils.data.Dataset):\n"
+        "    def __len__(self): return 4\n"
+        "    def __getitem__(self, n): return n * n\n"
+        "if __name__ == '__main__':\n"
+        "    loader = torch.utils.data.DataLoader(\n"
+        f"        Squares(), batch_size=2, num_workers=1, multiprocessing_context='{method}')\n"
+        "    print([batch.tolist() for batch in loader])\n"
+    )
+    done = runner.mpsrun("--workers", "1", "train.py")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"[[0, 1], [4, 9]]\n", b"")
+
+
 def test_files_beside_do_not_hide_what_mpsrun_imports(runner: Runner) -> None:
     for name in ("msgspec", "psutil", "config", "errors", "log", "signal", "typing", "ctypes", "dataclasses"):
         runner.script("raise SystemExit('imported a file of the user')", f"{name}.py")

@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mpsrun.launch.family import parent_env
+from mpsrun.launch.spawn import spawn_guard
 from mpsrun.mps.control import CONTROL, PIPE_DIRECTORY, Control
-from mpsrun.mps.lifecycle import start_guard, stop_guard, wait_ready
+from mpsrun.mps.lifecycle import stop_guard, wait_ready
 
 
 @pytest.fixture
@@ -32,8 +32,6 @@ def fake_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program.write_text(f"#!{sys.executable} -S\n{source}")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-    root = str(Path(__file__).parents[2])
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])))
     return program
 
 
@@ -46,7 +44,7 @@ def start(pipe_dir: Path, tmp_path: Path) -> Iterator[Start]:
     guards: list[subprocess.Popen[bytes]] = []
 
     def start() -> "subprocess.Popen[bytes]":
-        guards.append(start_guard(pipe_dir, tmp_path, parent_env(os.getpid())))
+        guards.append(spawn_guard(pipe_dir, tmp_path, os.getpid()))
         return guards[-1]
 
     yield start

@@ -1,5 +1,6 @@
 """A private daemon starts, answers, and ends with the run in whatever way that ends; a foreign one stays."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 
 from mpsrun.config import Config
 from mpsrun.errors import MpsrunError, UsageError
-from mpsrun.launch.family import parent_env
+from mpsrun.launch.spawn import spawn_guard
 from mpsrun.mps.control import PIPE_DIRECTORY, Control
 from mpsrun.mps.lifecycle import cuda_mps, wait_ready
 from tests.mps.conftest import Start
@@ -25,7 +26,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 def use(config: Config, has_gpu: bool = True) -> AbstractContextManager[None]:
-    return cuda_mps(config, has_gpu, "" if has_gpu else "no NVIDIA driver is loaded", parent_env(os.getpid()))
+    start_guard = functools.partial(spawn_guard, parent_pid=os.getpid())
+    return cuda_mps(config, has_gpu, "" if has_gpu else "no NVIDIA driver is loaded", start_guard)
 
 
 def test_a_private_daemon(
@@ -123,11 +125,11 @@ def test_off_keeps_clear_of_a_daemon_in_the_default_place(
 
 def test_a_killed_launcher_takes_the_daemon_along(fake_program: Path, pipe_dir: Path, config: Config) -> None:
     program = (
-        "import os, sys, time\nfrom pathlib import Path\n"
-        "from mpsrun.config import Config\nfrom mpsrun.launch.family import parent_env\n"
+        "import functools, os, sys, time\nfrom pathlib import Path\n"
+        "from mpsrun.config import Config\nfrom mpsrun.launch.spawn import spawn_guard\n"
         "from mpsrun.mps.lifecycle import cuda_mps\nfrom mpsrun.mps.control import Control\n"
         "config = Config(workers=1, run_dir=Path(sys.argv[1]))\n"
-        "with cuda_mps(config, True, '', parent_env(os.getpid())):\n"
+        "with cuda_mps(config, True, '', functools.partial(spawn_guard, parent_pid=os.getpid())):\n"
         "    Control(config.mps_pipe_dir).send('start_server -uid 0')\n"
         "    print('up', flush=True)\n    time.sleep(30)\n"
     )
