@@ -12,7 +12,7 @@ from mpsrun.device.base import Chunk, ChunkHandle, Device, TensorRef, typed_view
 
 ALIGN_BYTES = 512
 MIN_CHUNK_BYTES = 16 << 20
-MAX_VIEWS = 32
+MAX_VIEWS = 256
 
 
 @dataclass(eq=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mpsrun.config import Config
 from mpsrun.errors import MpsrunError, UsageError
-from mpsrun.log import detail, say
+from mpsrun.log import say
 from mpsrun.mps.control import CONTROL, LOG_DIRECTORY, PIPE_DIRECTORY, Control, pipe_dir_in_force
 
 START_S = 15.0
@@ -26,9 +26,9 @@ StartGuard = Callable[[Path, Path], "subprocess.Popen[bytes]"]
 def cuda_mps(config: Config, has_gpu: bool, no_gpu_reason: str, start_guard: StartGuard) -> Iterator[None]:
     """Let the processes started inside be clients of a CUDA MPS daemon, as `config.mps` says.
 
-    They learn of it through the environment. A
-    daemon that was there before is joined and left as it was. Raises UsageError for `--mps on` where that
-    is impossible; under `auto` one line says why, and the GPU is shared by time slices.
+    They learn of it through the environment. A daemon that was there before is joined and left as it was.
+    Raises UsageError for `--mps on` where that is impossible; under `auto` one line says why, and the GPU is
+    shared by time slices.
     """
     if not has_gpu or not config.worker_count():
         if config.mps == "on":
@@ -42,7 +42,7 @@ def cuda_mps(config: Config, has_gpu: bool, no_gpu_reason: str, start_guard: Sta
         _decline(config, f"no {CONTROL} on PATH")
         yield
     elif Control(pipe_dir_in_force()).is_reachable():
-        detail(f"joined the CUDA MPS daemon in {pipe_dir_in_force()}")
+        _tell(config, f"joined the CUDA MPS daemon in {pipe_dir_in_force()}")
         yield
     else:
         with _private(config, start_guard):
@@ -56,17 +56,23 @@ def _private(config: Config, start_guard: StartGuard) -> Iterator[None]:
     config.mps_log_dir.mkdir(mode=0o700, exist_ok=True)
     guard = start_guard(config.mps_pipe_dir, config.mps_log_dir)
     try:
-        try:
-            wait_ready(guard, Control(config.mps_pipe_dir, deadline_s=2.0), config.mps_log_dir)
-        except MpsrunError as error:
-            _decline(config, str(error))
-            yield
+        if _is_ready(config, guard):
+            _tell(config, f"started a private CUDA MPS daemon in {config.mps_pipe_dir}")
         else:
-            with _environment(variables):
-                detail(f"started a private CUDA MPS daemon in {config.mps_pipe_dir}")
-                yield
+            variables = {}
+        with _environment(variables):
+            yield
     finally:
         stop_guard(guard)
+
+
+def _is_ready(config: Config, guard: "subprocess.Popen[bytes]") -> bool:
+    try:
+        wait_ready(guard, Control(config.mps_pipe_dir, deadline_s=2.0), config.mps_log_dir)
+    except MpsrunError as error:
+        _decline(config, str(error))
+        return False
+    return True
 
 
 def wait_ready(guard: subprocess.Popen[bytes], control: Control, log_dir: Path) -> None:
@@ -90,6 +96,11 @@ def stop_guard(guard: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         guard.kill()
         guard.wait()
+
+
+def _tell(config: Config, text: str) -> None:
+    if config.verbose:
+        say(text)
 
 
 def _decline(config: Config, reason: str) -> None:

@@ -64,7 +64,7 @@ def plan_region(
     """Assign the branches of `region` by longest processing time, or decline where it would not pay.
 
     `worker_ids` are lanes (1 and up). Pinned branches stay in the lead; where nothing is pinned the lead
-    takes its share like any lane, at least one branch. `forced` skips the question whether it pays.
+    keeps the shortest branch, and takes a share of the rest. `forced` skips the question whether it pays.
     """
     if not worker_ids:
         return Declined("there is no worker")
@@ -83,13 +83,12 @@ def longest_first(region: Region, worker_ids: Iterable[int], machine: Machine) -
     costs_us = [branch_us(branch, machine) for branch in region.branches]
     load_us = dict.fromkeys([*worker_ids, LEAD], 0.0)  # on a tie a worker goes before the lead
     lanes = [LEAD] * len(costs_us)
-    load_us[LEAD] = sum(cost for cost, branch in zip(costs_us, region.branches, strict=True) if branch.pinned)
     free = [index for index, branch in enumerate(region.branches) if branch.pinned is None]
-    if len(free) == len(costs_us) > 1:
-        # The lead waits for the workers anyway; the longest branch stays, so that the least crosses.
-        longest = max(free, key=lambda index: costs_us[index])
-        free.remove(longest)
-        load_us[LEAD] = costs_us[longest]
+    stay = [index for index, branch in enumerate(region.branches) if branch.pinned is not None]
+    if not stay and len(free) > 1:  # the lead has time for one: the shortest, since it pays for the crossing, too
+        stay = [min(free, key=lambda index: costs_us[index])]
+        free.remove(stay[0])
+    load_us[LEAD] = machine.crossing_us + sum(costs_us[index] for index in stay)
     for index in sorted(free, key=lambda index: -costs_us[index]):
         lanes[index] = min(load_us, key=lambda lane: load_us[lane])
         load_us[lanes[index]] += costs_us[index]

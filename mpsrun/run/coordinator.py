@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -57,6 +57,7 @@ class Coordinator:
         self._ids = itertools.count(1)
         self._retired: deque[tuple[Room, int, Sequence[tuple[int, int]]]] = deque()
         self._abandoned: deque[tuple[tuple[Link, ...], int]] = deque()
+        self._forgotten: deque[tuple[Link, int, int]] = deque()
         self._error: Exception | None = None
         self._changed = threading.Condition()
         self._closing = False
@@ -99,9 +100,14 @@ class Coordinator:
         links = tuple(share.link for share in invocation.crossing.shares)
         self._abandoned.append((links, invocation.id))
 
+    def forget(self, parts: Sequence[tuple[Link, int, int]]) -> None:
+        """Layouts and jobs, by link, that will not be used again. Safe in a finalizer: it only appends."""
+        self._forgotten.extend(parts)
+
     def submit(self, shares: Sequence[Share], counters: Sequence[int]) -> tuple[int, ...]:
         """Number the next piece of work of each share's worker, and release the workers in stream order."""
-        self._drop_abandoned()
+        if self._abandoned or self._forgotten:
+            self._tidy()
         sequence = tuple(share.link.next_sequence() for share in shares)
         if self.device.kind == "cuda":
             self._follow_last_stream()
@@ -220,14 +226,22 @@ class Coordinator:
         for link in self.links:
             link.send(m.Map(handle))
 
-    def _drop_abandoned(self) -> None:
-        dropped: dict[Link, list[int]] = {}
+    def _tidy(self) -> None:
+        """Tell the workers what they need not keep."""
+        dropped: defaultdict[Link, list[int]] = defaultdict(list)
         while self._abandoned:
             links, invocation = self._abandoned.popleft()
             for link in links:
-                dropped.setdefault(link, []).append(invocation)
+                dropped[link].append(invocation)
         for link, invocations in dropped.items():
             link.send(m.Drop(invocations))
+            self._standin.drop(invocations)
+        forgotten: defaultdict[Link, list[tuple[int, int]]] = defaultdict(list)
+        while self._forgotten:
+            link, layout, job = self._forgotten.popleft()
+            forgotten[link].append((layout, job))
+        for link, parts in forgotten.items():
+            link.forget([layout for layout, _ in parts], [job for _, job in parts])
 
     def _follow_last_stream(self) -> None:
         """A worker's counter must grow in the order of its messages, whatever stream they are submitted from."""
@@ -335,8 +349,7 @@ class Coordinator:
         self._closing = True
         self._thread.join(self.settings.timeout_s)
         for link in self.links:
-            link.send(m.Stop())
-            link.close()
+            link.stop()
         self._channel.close()
 
 

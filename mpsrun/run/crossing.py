@@ -121,6 +121,9 @@ class Crossing:
             "flats": [flat.whole for flat in self.flats],
         }
 
+    def __del__(self) -> None:
+        self.owner.forget([(share.link, share.layout.layout, share.job) for share in self.shares])
+
     def tensors(self, room: Room, part: str) -> list[torch.Tensor]:
         """The tensors of one part of this crossing in a slot."""
         return room.tensors(self.key, part, self._refs[part])

@@ -115,12 +115,11 @@ class Executor:
         incoming = self._views(message.slot, layout, "grad_outputs", layout.grad_outputs)
         outgoing = self._views(message.slot, layout, "grad_inputs", layout.grad_inputs)
         by_index = {place.index: view for place, view in zip(layout.grad_inputs, outgoing, strict=True)}
-        gradients = torch.autograd.grad(
+        gradients = _grad(
             [saved.outputs[i] for i in message.outputs],
             [saved.leaves[i] for i in message.inputs],
             [incoming[i] for i in message.outputs],
-            retain_graph=message.keep,
-            allow_unused=True,
+            message.keep,
         )
         targets = [by_index[i] for i in message.inputs]
         for target, gradient in zip(targets, gradients, strict=True):
@@ -145,7 +144,7 @@ class Executor:
         differentiable = [output for output in outputs if output.requires_grad]
         if message.grad and wanted and differentiable:
             ones = [torch.ones_like(output) for output in differentiable]
-            torch.autograd.grad(differentiable, wanted, ones, allow_unused=True)
+            _grad(differentiable, wanted, ones, keep=False)
         self._device.synchronize()
 
     def _views(self, slot: Slot, layout: Prepare, part: str, places: Sequence[Place]) -> list[torch.Tensor]:
@@ -161,10 +160,25 @@ class Executor:
 
 
 def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    """Copy each source into its target: one launch for many small tensors on a GPU; nothing is recorded."""
-    if targets:
-        with torch.no_grad():
-            torch._foreach_copy_(list(targets), list(sources))
+    """Copy each source into its target: one launch a dtype for many small tensors on a GPU; nothing is recorded."""
+    if not targets:
+        return
+    groups: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        group = groups.setdefault(target.dtype, ([], []))
+        group[0].append(target)
+        group[1].append(source)
+    with torch.no_grad():
+        for some, others in groups.values():
+            torch._foreach_copy_(some, others)
+
+
+def _grad(
+    outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], keep: bool
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients, computed in the calling thread: autograd's own would only cost a switch to it and back."""
+    with torch.autograd.set_multithreading_enabled(False):
+        return torch.autograd.grad(outputs, inputs, gradients, retain_graph=keep, allow_unused=True)
 
 
 def _zeros(place: Place, device: Device) -> torch.Tensor:

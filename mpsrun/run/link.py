@@ -106,7 +106,15 @@ class Link:
         while self.tasks and (done - self.tasks[0].seq) & SEQUENCE_MASK < SEQUENCE_MASK // 2:
             self.tasks.popleft()
 
-    def close(self) -> None:
+    def forget(self, layouts: list[int], jobs: list[int]) -> None:
+        """Have the worker drop what will not be used again."""
+        self.prepared.difference_update(layouts)
+        self.send(m.Forget(layouts, jobs))
+
+    def stop(self) -> None:
+        """Have the worker end; a lost one too, if it is there at all."""
+        if not self.exited():
+            self._channel.send(self.index, m.Stop())
         if self._pidfd is not None:
             os.close(self._pidfd)
             self._pidfd = None
