@@ -21,7 +21,7 @@ from mpsrun.run.coordinator import Coordinator
 
 Seen = dict[str, Any]
 Script = Callable[[nn.Module], Seen]
-LEAD, WORKER = "paths.0.0.weight", "paths.1.0.weight"  # the first of equal branches stays in the lead
+FIRST, LAST = "paths.0.0.weight", "paths.2.0.weight"  # of three branches, one of these two is a worker's
 
 pytestmark = pytest.mark.usefixtures("workers")
 
@@ -193,7 +193,7 @@ def test_second_backward_raises() -> None:
     same(script)
 
 
-@pytest.mark.parametrize("name", ["paths.0.0.weight", "paths.1.0.weight", "paths.2.3.bias", "trunk.weight"])
+@pytest.mark.parametrize("name", ["paths.0.0.weight", "paths.1.3.bias", "paths.2.0.weight", "trunk.weight"])
 def test_gradient_of_one_parameter(name: str, nothing_kept: None) -> None:
     def script(model: nn.Module) -> Seen:
         loss = sum_of(model(x()))
@@ -206,7 +206,7 @@ def test_gradient_of_one_parameter(name: str, nothing_kept: None) -> None:
     same(script)
 
 
-@pytest.mark.parametrize("name", ["paths.0.0.weight", "paths.1.0.weight"])
+@pytest.mark.parametrize("name", [FIRST, LAST])
 def test_gradient_of_one_parameter_only(name: str, nothing_kept: None) -> None:
     def script(model: nn.Module) -> Seen:
         seen = {}
@@ -227,12 +227,12 @@ def test_parameters_without_gradient(kept: str, nothing_kept: None) -> None:
             p.register_hook(lambda _, name=name: fired.append(name))
             p.register_post_accumulate_grad_hook(lambda _, name=name: fired.append(f"after {name}"))
         model(x())[kept].sum().backward()
-        return {"fired": torch.tensor([hash(name) for name in sorted(fired)]), **gradients(model)}
+        return {"fired": sorted(fired), **gradients(model)}
 
     same(script, make=Heads)
 
 
-@pytest.mark.parametrize("name", ["paths.0.0.weight", "paths.1.0.weight", "trunk.weight", "head.weight"])
+@pytest.mark.parametrize("name", [FIRST, LAST, "trunk.weight", "head.weight"])
 def test_hook_that_raises(name: str, nothing_kept: None) -> None:
     def script(model: nn.Module) -> Seen:
         def refuse(_: Tensor) -> None:
@@ -261,9 +261,9 @@ def test_gradient_accumulation(nothing_kept: None) -> None:
 def test_zeroed_gradients() -> None:
     def script(model: nn.Module) -> Seen:
         losses = train(model, 4, to_none=False)
-        first = parameter(model, WORKER).grad
+        first = parameter(model, LAST).grad
         losses += train(model, 2, start=4, to_none=False)
-        assert parameter(model, WORKER).grad is first
+        assert parameter(model, LAST).grad is first
         return {"losses": torch.stack(losses), **state(model)}
 
     same(script, calls=10)
@@ -300,7 +300,7 @@ def test_evaluation_with_gradients(nothing_kept: None) -> None:
     same(script, calls=4)
 
 
-@pytest.mark.parametrize("path", [0, 1])
+@pytest.mark.parametrize("path", [0, 2])
 def test_freezing_in_the_middle(path: int, nothing_kept: None) -> None:
     def script(model: nn.Module) -> Seen:
         seen = {"before": torch.stack(train(model, 2))}
@@ -316,7 +316,7 @@ def test_freezing_in_the_middle(path: int, nothing_kept: None) -> None:
     same(script, calls=12)
 
 
-@pytest.mark.parametrize("name", ["paths.0.3.weight", "paths.1.3.weight", "trunk.weight"])
+@pytest.mark.parametrize("name", ["paths.0.3.weight", "paths.2.3.weight", "trunk.weight"])
 def test_weight_changed_before_backward(name: str, nothing_kept: None) -> None:
     def script(model: nn.Module) -> Seen:
         given = x().requires_grad_()
@@ -342,12 +342,12 @@ def test_gradient_penalty(nothing_kept: None) -> None:
             seen |= {f"slope {i}": slope.detach(), f"gradient of input {i}": given.grad}
         return {**seen, **state(model)}
 
-    same(script, calls=6)
+    same(script, calls=4)
 
 
 def test_second_derivatives_of_parameters(nothing_kept: None) -> None:
     def script(model: nn.Module) -> Seen:
-        some = [parameter(model, LEAD), parameter(model, WORKER)]
+        some = [parameter(model, FIRST), parameter(model, LAST)]
         first = torch.autograd.grad(sum_of(model(x())), some, create_graph=True)
         second = torch.autograd.grad(sum(g.square().sum() for g in first), some)  # type: ignore[arg-type]
         return {**{f"first {i}": g.detach() for i, g in enumerate(first)}, "0": second[0], "1": second[1]}
@@ -396,15 +396,13 @@ def test_global_flags_travel(nothing_kept: None) -> None:
             return self.head(torch.cat(found, 1))
 
     def script(model: nn.Module) -> Seen:
-        seen = {"before": model(x()).detach()}
         torch.use_deterministic_algorithms(True)
         try:
-            seen |= {f"deterministic {i}": model(x()).detach() for i in range(3)}
+            return {f"deterministic {i}": model(x()).detach() for i in range(3)}
         finally:
             torch.use_deterministic_algorithms(False)
-        return {**seen, "after": model(x()).detach()}
 
-    same(script, make=Fresh, calls=6)
+    same(script, make=Fresh, calls=4)
 
 
 def test_state_dict_as_before() -> None:
@@ -440,7 +438,7 @@ def saved(model: nn.Module) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("name", ["paths.0.0.weight", "paths.1.0.weight"])
+@pytest.mark.parametrize("name", [FIRST, LAST])
 def test_data_replaced(name: str, nothing_kept: None) -> None:
     def script(model: nn.Module) -> Seen:
         losses = train(model, 2)
@@ -459,7 +457,7 @@ def test_batch_sizes(nothing_kept: None) -> None:
         seen = {}
         for i, rows in enumerate([5, 3, 7, 4, 5, 3, 7, 4, 2]):
             sum_of(model(x(i, rows))).backward()
-            seen[f"step {i}"] = parameter(model, WORKER).grad.clone()  # type: ignore[union-attr]
+            seen[f"step {i}"] = parameter(model, LAST).grad.clone()  # type: ignore[union-attr]
         return {**seen, **state(model)}
 
     same(script, calls=8)

@@ -113,6 +113,9 @@ def assert_same(
         if value is None:
             assert found[name] is None, f"{where}: expected no value"
             continue
+        if not isinstance(value, Tensor):
+            assert found[name] == value, f"{where}: {found[name]} for {value}"
+            continue
         assert found[name] is not None, f"{where}: expected a value"
         torch.testing.assert_close(
             found[name],

@@ -114,5 +114,8 @@ class Device(Protocol):
     def stream_key(self) -> int:
         """What order the caller is in: the handle of the current stream."""
 
+    def follow(self, stream: int) -> None:
+        """Let nothing after this run before what that stream (a `stream_key`) has been given so far."""
+
     def synchronize(self) -> None:
         """Return when everything submitted by this process has been executed."""

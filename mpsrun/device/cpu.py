@@ -159,6 +159,9 @@ class CpuDevice:
     def stream_key(self) -> int:
         return 0
 
+    def follow(self, stream: int) -> None:
+        """There is one order only."""
+
     def synchronize(self) -> None:
         """Nothing is asynchronous on a CPU."""
 

@@ -131,8 +131,7 @@ class CudaDevice:
             operations = self._operations[key] = [self._operation(wait, counter) for counter in counters]
         for operation, value in zip(operations, values, strict=True):
             (operation.waitValue if wait else operation.writeValue).value = value
-        stream = torch.cuda.current_stream().cuda_stream
-        status = driver.cuStreamBatchMemOp(stream, len(operations), operations, 0)[0]
+        status = driver.cuStreamBatchMemOp(self.stream_key(), len(operations), operations, 0)[0]
         _check(status, "cuStreamBatchMemOp")
 
     def _operation(self, wait: bool, counter: int) -> Any:
@@ -163,7 +162,12 @@ class CudaDevice:
         return None if seen is None else [value & 0xFFFFFFFF for value in seen]
 
     def stream_key(self) -> int:
-        return torch.cuda.current_stream().cuda_stream
+        return torch._C._cuda_getCurrentRawStream(self.index)
+
+    def follow(self, stream: int) -> None:
+        """Let the current stream go on only after what `stream` (a `stream_key`) has been given so far."""
+        event = torch.cuda.ExternalStream(stream, self.index).record_event()
+        torch.cuda.current_stream(self.index).wait_event(event)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.index)

@@ -29,16 +29,20 @@ def spawn_worker(config: Config, index: int, parent_pid: int) -> subprocess.Pope
 
 
 def spawn_lead(
-    config: Config, target: Target, parent_pid: int, mask: Collection[int] = ()
+    config: Config,
+    target: Target,
+    parent_pid: int,
+    mask: Collection[int] = (),
+    extra: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start the lead, which runs the user's script with our streams, process group and Python flags.
 
-    `mask`: the signals blocked when the launcher was started, which the lead restores. Descriptors that the
-    shell handed to the launcher, as for `<(...)`, are handed on.
+    `mask`: the signals blocked when the launcher was started, which the lead restores. `extra`: more variables for
+    its environment. Descriptors that the shell handed to the launcher, as for `<(...)`, are handed on.
     """
     return subprocess.Popen(
         [sys.executable, *python_flags(), "-m", "mpsrun", "lead", *target.to_argv()],
-        env=os.environ | config.to_env() | parent_env(parent_pid, mask),
+        env={**(extra or {}), **os.environ, **config.to_env(), **parent_env(parent_pid, mask)},
         close_fds=False,
     )
 

@@ -46,11 +46,20 @@ def supervise(config: Config, target: Target, hardware: Hardware) -> Ending:
         with mps, _workers(config) as workers:
             if early := signal.sigpending() & signals.ENDING:
                 return Ending(-min(early))
-            lead = spawn_lead(config, target, os.getpid(), mask)
+            lead = spawn_lead(config, target, os.getpid(), mask, _shared_cores(config, hardware))
             try:
                 return watch(lead, workers)
             finally:
                 end([lead])
+
+
+def _shared_cores(config: Config, hardware: Hardware) -> dict[str, str]:
+    """Where lead and workers compute on the same cores, a thread that waits must not keep its core busy.
+
+    The script's own setting goes first. OpenMP reads it when torch is imported.
+    """
+    shared = config.lanes == "workers" and hardware.kind != "nvidia"
+    return {"OMP_WAIT_POLICY": "PASSIVE"} if shared else {}
 
 
 def watch(lead: subprocess.Popen[bytes], workers: Sequence["Worker"]) -> Ending:

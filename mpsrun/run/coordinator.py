@@ -61,7 +61,7 @@ class Coordinator:
         self._error: Exception | None = None
         self._changed = threading.Condition()
         self._closing = False
-        self._stream_end: tuple[int, torch.cuda.Event] | None = None
+        self._last_stream: int | None = None
         self.epoch = 0
         for link in self.links:
             self._start(link)
@@ -110,9 +110,8 @@ class Coordinator:
             self._tidy()
         sequence = tuple(share.link.next_sequence() for share in shares)
         if self.device.kind == "cuda":
-            self._follow_last_stream()
+            self._keep_order()
             self.device.signal(counters, sequence)
-            self._remember_stream()
         return sequence
 
     def wait(self, counters: Sequence[int], values: Sequence[int]) -> None:
@@ -243,15 +242,12 @@ class Coordinator:
         for link, parts in forgotten.items():
             link.forget([layout for layout, _ in parts], [job for _, job in parts])
 
-    def _follow_last_stream(self) -> None:
+    def _keep_order(self) -> None:
         """A worker's counter must grow in the order of its messages, whatever stream they are submitted from."""
-        if self._stream_end is not None and self._stream_end[0] != self.device.stream_key():
-            torch.cuda.current_stream().wait_event(self._stream_end[1])
-
-    def _remember_stream(self) -> None:
-        event = torch.cuda.Event() if self._stream_end is None else self._stream_end[1]
-        event.record()
-        self._stream_end = (self.device.stream_key(), event)
+        stream = self.device.stream_key()
+        if self._last_stream is not None and self._last_stream != stream:
+            self.device.follow(self._last_stream)
+        self._last_stream = stream
 
     # ---- the watching thread
 

@@ -14,6 +14,8 @@ from mpsrun.graph.program import Program, State, build
 from mpsrun.graph.state import applied
 from mpsrun.wire.messages import Backward, Forward, Place, Prepare, Rng, Slot
 
+FEW = 3  # tensors up to which single copies cost less than one launch for all
+
 
 @dataclass(eq=False)
 class Job:
@@ -162,6 +164,11 @@ class Executor:
 def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
     """Copy each source into its target: one launch a dtype for many small tensors on a GPU; nothing is recorded."""
     if not targets:
+        return
+    if len(targets) <= FEW:
+        with torch.no_grad():
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source)
         return
     groups: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
     for target, source in zip(targets, sources, strict=True):

@@ -6,8 +6,7 @@ import os
 import select
 import time
 from collections import deque
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from mpsrun.device import ChunkHandle
 from mpsrun.errors import MpsrunError
@@ -20,8 +19,7 @@ if TYPE_CHECKING:
 SEQUENCE_MASK = 0xFFFFFFFF
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """Work that was handed out: enough for somebody else to do it."""
 
     seq: int

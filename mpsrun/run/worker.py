@@ -18,6 +18,7 @@ from mpsrun.wire import messages as m
 from mpsrun.wire.channel import WorkerChannel
 
 POLL_S = 1.0
+SPIN_S = 0.002  # longer than what lies between two messages of one step
 FOREVER_S = 1e9  # a GPU-side wait; the watchdog of the lead ends it
 
 
@@ -31,6 +32,7 @@ class Worker:
         self._executor: Executor | None = None
         self._chunks: dict[int, Chunk] = {}
         self._submitted = self._done = 0
+        self._spin_s = 0.0
         self._forwards: collections.Counter[int] = collections.Counter()
         self._backwards: collections.Counter[int] = collections.Counter()
 
@@ -41,7 +43,7 @@ class Worker:
         while not isinstance(message, m.Stop):
             message = None
             try:
-                message = self.channel.receive(POLL_S)
+                message = self.channel.receive(POLL_S, self._spin_s)
                 if message is not None:
                     self._handle(message)
             except Exception as error:
@@ -95,6 +97,7 @@ class Worker:
         self._device.bind_counters(self._map(message.counters))
         self._executor = Executor(self._device, self._chunks.__getitem__)
         self._submitted, self._done = message.submitted, message.done
+        self._spin_s = SPIN_S if message.threads > 1 else 0.0
         self.channel.send(m.Started(self.index))
 
     def _map(self, handle: ChunkHandle) -> Chunk:

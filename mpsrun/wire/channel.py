@@ -27,10 +27,10 @@ class WorkerChannel:
         self._reports = _open(self._context, zmq.PUSH, reports, bind=False)
         self._ring: Ring | None = None
 
-    def receive(self, timeout_s: float) -> ToWorker | None:
-        """The next message; None after `timeout_s`. Raises `BadMessage`."""
+    def receive(self, timeout_s: float, spin_s: float = 0.0) -> ToWorker | None:
+        """The next message; None after `timeout_s`, of which `spin_s` are spent awake. Raises `BadMessage`."""
         if self._ring is not None:
-            data = self._ring.read(timeout_s)
+            data = self._ring.read(timeout_s, spin_s)
             if data is None:
                 return None
             if data != ON_SOCKET:

@@ -1,0 +1,1 @@
+"""What runs in the lead and in the workers: backend, Fork and Join, coordinator, worker, stand-in."""
