@@ -61,7 +61,9 @@ def main() -> None:
     steps = args.steps or args.epochs * len(batches)
 
     model = GoogLeNet(classes=10, width=args.width, colours=1, stem_stride=1).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.epochs * len(batches))
 
     losses: list[float] = []

@@ -375,6 +375,23 @@ class ModesInside(nn.Module):
         return left / (1 + peak) + self.right(x).tanh()
 
 
+class Three(nn.Module):
+    """A trunk, three branches of the same size, a head."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(6, 6)
+        self.paths = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Linear(width, 4))
+            for _ in range(3)
+        )
+        self.head = nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.trunk(x))
+        return self.head(torch.cat([path(x) for path in self.paths], 1))
+
+
 def sequences() -> tuple[Tensor, ...]:
     return (torch.randn(3, 7, 4),)
 

@@ -41,7 +41,7 @@ def stop() -> None:
 
 def current() -> Coordinator | None:
     """The coordinator that is open, if any."""
-    return session._coordinator
+    return session.current()
 
 
 def shared() -> Coordinator:

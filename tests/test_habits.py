@@ -11,7 +11,7 @@ import pool
 import psutil
 import pytest
 import torch
-from networks import Heads, mlp
+from networks import Heads, Three
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transparency import TOLERANCE, assert_same, on_lanes
@@ -24,23 +24,6 @@ Script = Callable[[nn.Module], Seen]
 FIRST, LAST = "paths.0.0.weight", "paths.2.0.weight"  # of three branches, one of these two is a worker's
 
 pytestmark = pytest.mark.usefixtures("workers")
-
-
-class Three(nn.Module):
-    """A trunk, three branches of the same size, a head."""
-
-    def __init__(self, width: int = 8) -> None:
-        super().__init__()
-        self.trunk = nn.Linear(6, 6)
-        self.paths = nn.ModuleList(
-            nn.Sequential(nn.Linear(6, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Linear(width, 4))
-            for _ in range(3)
-        )
-        self.head = nn.Linear(12, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(self.trunk(x))
-        return self.head(torch.cat([path(x) for path in self.paths], 1))
 
 
 def same(script: Script, make: Callable[[], nn.Module] = Three, calls: int = 1) -> None:
@@ -500,7 +483,11 @@ def test_optimizer_on_copies(nothing_kept: None) -> None:
         for p in average.parameters():
             p.data.mul_(0.5)
         losses += [*train(average, 3), *train(model, 3)]
-        return {"losses": torch.stack(losses), **state(model), **{f"average {n}": v for n, v in state(average).items()}}
+        return {
+            "losses": torch.stack(losses),
+            **state(model),
+            **{f"average {n}": v for n, v in state(average).items()},
+        }
 
     same(script, calls=10)
 

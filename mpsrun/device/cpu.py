@@ -35,7 +35,7 @@ class _Export:
 
     def holds(self, storage: torch.UntypedStorage) -> bool:
         start = storage.data_ptr() - self.address
-        return 0 <= start and start + storage.nbytes() <= self.handle.size_bytes and self.alive()
+        return start >= 0 and start + storage.nbytes() <= self.handle.size_bytes and self.alive()
 
 
 class CpuDevice:
@@ -62,7 +62,10 @@ class CpuDevice:
         return Chunk(handle, torch.frombuffer(pages, dtype=torch.uint8), pages)
 
     def close_chunk(self, chunk: Chunk) -> None:
-        chunk.memory, chunk.owner = torch.empty(0, dtype=torch.uint8), None  # unmapped with the last tensor on it
+        chunk.memory, chunk.owner = (
+            torch.empty(0, dtype=torch.uint8),
+            None,
+        )  # unmapped with the last tensor on it
 
     def _new_pages(self, size_bytes: int) -> tuple[mmap.mmap, ChunkHandle]:
         fd = os.memfd_create("mpsrun", os.MFD_CLOEXEC)
@@ -95,7 +98,9 @@ class CpuDevice:
         if export is None:
             raise NotShippable("its memory could not be shared with another process")
         offset = tensor.data_ptr() - export.address
-        return TensorRef(export.handle.id, offset, tuple(tensor.shape), tensor.stride(), dtype_name(tensor.dtype))
+        return TensorRef(
+            export.handle.id, offset, tuple(tensor.shape), tensor.stride(), dtype_name(tensor.dtype)
+        )
 
     def _share(self, storages: Iterable[torch.UntypedStorage]) -> None:
         private = [s for s in storages if not s.is_shared()]
@@ -127,7 +132,7 @@ class CpuDevice:
             if storage.nbytes():
                 block = torch.frombuffer(pages, dtype=torch.uint8, count=storage.nbytes(), offset=offset)
                 block.untyped_storage().copy_(storage)
-                storage._swap_data_ptr_(block.untyped_storage())
+                storage._swap_data_ptr_(block.untyped_storage())  # type: ignore[attr-defined]
         alive = weakref.ref(pages)
         self._add(handle, base.data_ptr(), lambda: alive() is not None)
 
@@ -150,7 +155,9 @@ class CpuDevice:
             while not _reached(seen := self._counter_words()[counter * COUNTER_STRIDE], value):
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
-                    raise TimeoutError(f"counter {counter} is at {seen}, not at {value}, after {timeout_s:g} s")
+                    raise TimeoutError(
+                        f"counter {counter} is at {seen}, not at {value}, after {timeout_s:g} s"
+                    )
                 self._futex.wait(self._address(counter), seen, min(left_s, _WAIT_SLICE_S))
 
     def read_counters(self) -> list[int]:

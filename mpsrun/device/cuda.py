@@ -60,7 +60,9 @@ class CudaDevice:
             torch.cuda.empty_cache()
             status, address = driver.cuMemAlloc(size_bytes)
         if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
-            raise torch.OutOfMemoryError(f"mpsrun: no {size_bytes >> 20} MiB of GPU memory for the shared arena")
+            raise torch.OutOfMemoryError(
+                f"mpsrun: no {size_bytes >> 20} MiB of GPU memory for the shared arena"
+            )
         _check(status, "cuMemAlloc")
         memory = self._tensor(int(address), size_bytes)
         memory.zero_()
@@ -120,7 +122,7 @@ class CudaDevice:
     def signal(self, counters: Sequence[int], values: Sequence[int]) -> None:
         self._submit(False, counters, values)
 
-    def wait(self, counters: Sequence[int], values: Sequence[int], timeout_s: float) -> None:
+    def wait(self, counters: Sequence[int], values: Sequence[int], timeout_s: float) -> None:  # noqa: ARG002
         self._submit(True, counters, values)
 
     def _submit(self, wait: bool, counters: Sequence[int], values: Sequence[int]) -> None:
@@ -149,7 +151,9 @@ class CudaDevice:
         if self._counters is None:
             return None
         if self._peek_host is None:
-            self._peek_host = torch.empty(MAX_COUNTERS * COUNTER_STRIDE_BYTES, dtype=torch.uint8, pin_memory=True)
+            self._peek_host = torch.empty(
+                MAX_COUNTERS * COUNTER_STRIDE_BYTES, dtype=torch.uint8, pin_memory=True
+            )
         seen = None
         if self._peek_done is not None:
             if not self._peek_done.query():

@@ -1,7 +1,5 @@
 """One run of a graph on fake tensors, which records what each node does."""
 
-# ruff: noqa: SLF001  version counters and storages have no public face
-
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any

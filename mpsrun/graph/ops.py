@@ -1,7 +1,5 @@
 """The ops a branch may consist of: names that stand for callables, and nothing else does."""
 
-# ruff: noqa: SLF001  torch lists its own functions in private modules only
-
 import builtins
 import math
 import operator

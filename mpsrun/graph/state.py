@@ -1,7 +1,5 @@
 """The thread-wide state a node runs under (grad, inference and autocast modes), as data."""
 
-# ruff: noqa: SLF001  Dynamo writes calls of these private functions into its graphs
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """A look at every aten op that one node dispatches: what it writes, whether it is random, what it costs."""
 
-# ruff: noqa: SLF001  an op's schema has no public face
-
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 

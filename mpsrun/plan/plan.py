@@ -85,7 +85,9 @@ def longest_first(region: Region, worker_ids: Iterable[int], machine: Machine) -
     lanes = [LEAD] * len(costs_us)
     free = [index for index, branch in enumerate(region.branches) if branch.pinned is None]
     stay = [index for index, branch in enumerate(region.branches) if branch.pinned is not None]
-    if not stay and len(free) > 1:  # the lead has time for one: the shortest, since it pays for the crossing, too
+    if (
+        not stay and len(free) > 1
+    ):  # the lead has time for one: the shortest, since it pays for the crossing, too
         stay = [min(free, key=lambda index: costs_us[index])]
         free.remove(stay[0])
     load_us[LEAD] = machine.crossing_us + sum(costs_us[index] for index in stay)

@@ -24,7 +24,11 @@ LANES = ("auto", "serial", "workers")
 
 
 def mpsrun(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],  # noqa: ARG001 - what a backend is called with
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
 ) -> Callable[..., Any]:
     """Backend of `torch.compile(model, backend="mpsrun", options={"lanes": "workers"})`.
 

@@ -156,7 +156,7 @@ class Coordinator:
         generator = self._generator()
         before = generator.get_offset()
         try:
-            yield lambda ordinal: generator.set_offset(rng.offsets[ordinal])
+            yield lambda ordinal: _seek(generator, rng.offsets[ordinal])
         finally:
             generator.set_offset(before)
 
@@ -199,7 +199,10 @@ class Coordinator:
                 link.send(m.Count())
         deadline = time.monotonic() + timeout_s
         with self._changed:
-            while any(link.counts is None and link.lost is None for link in asked) and time.monotonic() < deadline:
+            while (
+                any(link.counts is None and link.lost is None for link in asked)
+                and time.monotonic() < deadline
+            ):
                 self._changed.wait(0.1)
         return {link.index: link.counts for link in asked if link.counts is not None}
 
@@ -257,8 +260,10 @@ class Coordinator:
         while not self._closing:
             try:
                 self._look()
-            except Exception as error:  # the thread that ends every wait must not end itself
-                self._error = error if isinstance(error, MpsrunError) else MpsrunError(f"coordinator: {error!r}")
+            except Exception as error:  # noqa: BLE001 - the thread that ends every wait must not end itself
+                self._error = (
+                    error if isinstance(error, MpsrunError) else MpsrunError(f"coordinator: {error!r}")
+                )
 
     def _look(self) -> None:
         message = self._channel.receive(POLL_S)
@@ -276,7 +281,9 @@ class Coordinator:
 
     def _hear(self, message: m.ToLead) -> None:
         if not 1 <= message.worker <= len(self.links):
-            raise MpsrunError(f"expected a report of workers 1 to {len(self.links)}, found one of {message.worker}")
+            raise MpsrunError(
+                f"expected a report of workers 1 to {len(self.links)}, found one of {message.worker}"
+            )
         link = self.links[message.worker - 1]
         match message:
             case m.Ready():
@@ -335,7 +342,7 @@ class Coordinator:
     def _finish(self, link: Link) -> None:
         try:
             self._standin.finish(link)
-        except Exception as error:  # what the plain script would have raised here
+        except Exception as error:  # noqa: BLE001 - what the plain script would have raised here
             self._error = error
 
     # ---- the end
@@ -347,6 +354,10 @@ class Coordinator:
         for link in self.links:
             link.stop()
         self._channel.close()
+
+
+def _seek(generator: torch.Generator, offset: int) -> None:
+    generator.set_offset(offset)
 
 
 def as_lead_error(worker: int, reason: str, failure: m.Failed | None) -> Exception:

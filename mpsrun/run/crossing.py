@@ -10,7 +10,7 @@ first, so that backward runs Join, then the lead's own branches, then Fork.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -145,7 +145,9 @@ class Crossing:
                 work.append((share, local, inputs))
                 reached[position] = frozenset(inputs)
         by_arg: dict[int, list[int]] = {}
-        for k, (position, place) in reversed(list(enumerate(self.singles))):  # autograd adds the last branch first
+        for k, (position, place) in reversed(
+            list(enumerate(self.singles))
+        ):  # autograd adds the last branch first
             if place.index in reached.get(position, ()):
                 by_arg.setdefault(self.shares[position].args[place.index], []).append(k)
         flats = tuple(
@@ -171,7 +173,9 @@ class Invocation:
         self.args: tuple[Any, ...] | None = args
         self.id = crossing.owner.next_invocation()
         self.stream = crossing.owner.device.stream_key()
-        self.state = modes.ambient(crossing.device.type)  # here, since inside of a Function grad mode is always off
+        self.state = modes.ambient(
+            crossing.device.type
+        )  # here, since inside of a Function grad mode is always off
         self.room: Room | None = None
         self.forwards: dict[int, m.Forward] = {}
         self.gradients: tuple[torch.Tensor | None, ...] | None = None
@@ -316,7 +320,9 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
         invocation: Invocation = ctx.invocation
-        if torch.is_grad_enabled():  # create_graph: the region is recomputed in plain PyTorch when Fork's turn comes
+        if (
+            torch.is_grad_enabled()
+        ):  # create_graph: the region is recomputed in plain PyTorch when Fork's turn comes
             invocation.gradients = gradients
         else:
             invocation.gradients = None
@@ -337,7 +343,7 @@ def _publish_gradients(invocation: Invocation, gradients: Sequence[torch.Tensor 
         invocation.release_backward()
         room = owner.take(crossing.backward_bytes)
         views = crossing.tensors(room, "grad_outputs")
-        copy_all([views[i] for i in gathering.outputs], [gradients[i] for i in gathering.outputs])
+        copy_all([views[i] for i in gathering.outputs], [g for g in gradients if g is not None])
         links = [share.link for share, _, _ in gathering.work]
         sequence = owner.submit([share for share, _, _ in gathering.work], [link.submitted for link in links])
         counters = tuple(link.done for link in links)
@@ -417,5 +423,3 @@ def _plain_gradients(
         allow_unused=True,
     )
     return [(share.args[i], g) for i, g in zip(reached, results, strict=True) if g is not None]
-
-

@@ -108,7 +108,9 @@ class Executor:
             self._offsets = rng.offsets
         with applied(state):
             outputs = job.function(*values)
-        return outputs, {i: v for i, v in enumerate(values) if isinstance(v, torch.Tensor) and v.requires_grad}
+        return outputs, {
+            i: v for i, v in enumerate(values) if isinstance(v, torch.Tensor) and v.requires_grad
+        }
 
     def backward(self, message: Backward) -> None:
         """Compute the gradients that are asked for into the slot; zeros where a gradient turns out not to exist."""
@@ -181,7 +183,10 @@ def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -
 
 
 def _grad(
-    outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], keep: bool
+    outputs: Sequence[torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    keep: bool,
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients, computed in the calling thread: autograd's own would only cost a switch to it and back."""
     with torch.autograd.set_multithreading_enabled(False):

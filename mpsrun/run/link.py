@@ -53,7 +53,9 @@ class Link:
     def ready(self, message: m.Ready) -> None:
         """The worker is there. Raises where it speaks another protocol or is gone already."""
         if message.protocol != m.PROTOCOL:
-            raise MpsrunError(f"worker {self.index}: expected protocol {m.PROTOCOL}, found {message.protocol}")
+            raise MpsrunError(
+                f"worker {self.index}: expected protocol {m.PROTOCOL}, found {message.protocol}"
+            )
         self.pid = message.pid
         try:
             self._pidfd = os.pidfd_open(message.pid)

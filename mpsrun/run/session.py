@@ -102,11 +102,16 @@ def _start_own_workers(settings: Config) -> Config:
 
 def _tell_mode(coordinator: Coordinator) -> None:
     """Say in one line which mode runs, once all workers are there; under `--mps on` anything else is an error."""
-    pids = [os.getpid(), *(link.pid for link in coordinator.links if link.pid is not None and link.lost is None)]
+    pids = [
+        os.getpid(),
+        *(link.pid for link in coordinator.links if link.pid is not None and link.lost is None),
+    ]
     attachment = verify(pids, coordinator.device.kind == "cuda")
     log.say(f"{attachment}, {len(pids) - 1} workers")
     if coordinator.settings.mps == "on" and attachment.mode != "CUDA MPS":
-        coordinator.fail(MpsrunError(f"expected CUDA MPS (--mps on), found {attachment}; see the log of its server"))
+        coordinator.fail(
+            MpsrunError(f"expected CUDA MPS (--mps on), found {attachment}; see the log of its server")
+        )
 
 
 def _forget() -> None:

@@ -67,18 +67,27 @@ class Cutter:
         self._coordinator = coordinator
         self._effects = effects
         facts = effects.facts
-        self._visible = frozenset().union(*(facts[node].outputs for node in returned)) if returned else frozenset()
+        self._visible = (
+            frozenset().union(*(facts[node].outputs for node in returned)) if returned else frozenset()
+        )
 
     def cut(self, region: Region, assignment: Assignment, seen: Observation) -> tuple[Crossing, Cut]:
         """The crossing of a region under an assignment. Raises `NotShippable` with the reason."""
         device = _device_of(region, seen)
         if device.type != self._coordinator.device.kind:
-            raise NotShippable(f"its tensors are on {device}, the workers use {self._coordinator.device.kind}")
+            raise NotShippable(
+                f"its tensors are on {device}, the workers use {self._coordinator.device.kind}"
+            )
         state = modes.ambient(device.type)
         parts = self._parts(region, assignment, seen, state)
         args = tuple(dict.fromkeys(node for part in parts for node in part.inputs))
         outputs = tuple(node for part in parts for node in part.outputs)
-        taken = {n for branch, lane in zip(region.branches, assignment.lanes, strict=True) if lane for n in branch.nodes}
+        taken = {
+            n
+            for branch, lane in zip(region.branches, assignment.lanes, strict=True)
+            if lane
+            for n in branch.nodes
+        }
         own = tuple(n for branch in region.branches for n in branch.nodes if n not in taken)
         starts, total = _random_starts(region, seen)
         crossing = self._crossing(parts, args, seen, state, device, starts, total)
@@ -98,7 +107,9 @@ class Cutter:
             gradients = trace_gradients(program, metas, state)
             args = tuple(arg_of[node] for node in inputs)
             random = tuple(node for node in nodes if self._effects.facts[node].random)
-            found.append(_Part(worker, program, args, tuple(inputs), tuple(outputs), metas, random, gradients))
+            found.append(
+                _Part(worker, program, args, tuple(inputs), tuple(outputs), metas, random, gradients)
+            )
         return found
 
     def _crossing(
@@ -134,7 +145,11 @@ class Cutter:
             outputs=tuple(outputs),
             differentiable=tuple(d for part in parts for d in part.gradients.differentiable),
             escapes=tuple(self._escapes(node) for part in parts for node in part.outputs),
-            saved=tuple(sorted({part.args[i] for part in parts for i in part.gradients.saved - {*part.program.writes}})),
+            saved=tuple(
+                sorted(
+                    {part.args[i] for part in parts for i in part.gradients.saved - {*part.program.writes}}
+                )
+            ),
             wanted=tuple(sorted(wanted)),
             writes=tuple(writes),
             forward_bytes=forward.size_bytes,

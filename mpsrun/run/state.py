@@ -10,7 +10,13 @@ import torch
 from mpsrun.graph.state import Autocast, State
 from mpsrun.wire.messages import Flags
 
-_PRECISIONS = (("cuda", "matmul"), ("cuda", "conv"), ("cuda", "rnn"), ("mkldnn", "matmul"), ("mkldnn", "conv"))
+_PRECISIONS = (
+    ("cuda", "matmul"),
+    ("cuda", "conv"),
+    ("cuda", "rnn"),
+    ("mkldnn", "matmul"),
+    ("mkldnn", "conv"),
+)
 
 
 def ambient(device: str) -> State:
@@ -42,29 +48,25 @@ def apply_flags(settings: Flags | None) -> None:
             write(value)
 
 
-def _attribute(owner: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+def _attribute(owner: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
     return lambda: getattr(owner, name), lambda value: setattr(owner, name, value)
 
 
-def _precision(backend: str, operation: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+def _precision(backend: str, operation: str) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
     return (
         lambda: torch._C._get_fp32_precision_getter(backend, operation),
         lambda value: torch._C._set_fp32_precision_setter(backend, operation, value),
     )
 
 
-def _deterministic() -> int:
-    return torch.get_deterministic_debug_mode()
-
-
 # What each name reads and how it is written. Precisions first the old way, then the new: torch checks that they agree.
-_SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
-    "deterministic": (_deterministic, torch.set_deterministic_debug_mode),
+_SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "deterministic": (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
     "fill_uninitialized": _attribute(torch.utils.deterministic, "fill_uninitialized_memory"),
     "cudnn.enabled": _attribute(torch.backends.cudnn, "enabled"),
     "cudnn.benchmark": _attribute(torch.backends.cudnn, "benchmark"),
     "cudnn.deterministic": _attribute(torch.backends.cudnn, "deterministic"),
-    "mkldnn.enabled": (lambda: torch._C._get_mkldnn_enabled(), lambda value: torch._C._set_mkldnn_enabled(value)),
+    "mkldnn.enabled": (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
     "fp16_reduction": (
         lambda: torch._C._get_cublas_allow_fp16_reduced_precision_reduction()[0],
         lambda value: setattr(torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", value),
@@ -74,10 +76,16 @@ _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
         lambda value: setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", value),
     ),
     "sdp.flash": (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
-    "sdp.efficient": (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    "sdp.efficient": (
+        torch.backends.cuda.mem_efficient_sdp_enabled,
+        torch.backends.cuda.enable_mem_efficient_sdp,
+    ),
     "sdp.math": (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
     "sdp.cudnn": (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
-    "matmul_precision": (lambda: torch._C._get_float32_matmul_precision(), torch.set_float32_matmul_precision),
-    "cudnn.tf32": (lambda: torch._C._get_cudnn_allow_tf32(), lambda value: torch._C._set_cudnn_allow_tf32(value)),
+    "matmul_precision": (
+        torch._C._get_float32_matmul_precision,
+        torch.set_float32_matmul_precision,
+    ),
+    "cudnn.tf32": (torch._C._get_cudnn_allow_tf32, torch._C._set_cudnn_allow_tf32),
     **{f"{backend}.{op}": _precision(backend, op) for backend, op in _PRECISIONS},
 }

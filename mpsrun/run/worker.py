@@ -46,7 +46,7 @@ class Worker:
                 message = self.channel.receive(POLL_S, self._spin_s)
                 if message is not None:
                     self._handle(message)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, the lead must hear of it
                 self._fail(message, error)
                 self._idle()
                 return
@@ -91,7 +91,9 @@ class Worker:
 
     def _start(self, message: m.Start) -> None:
         if message.protocol != m.PROTOCOL:
-            raise MpsrunError(f"expected protocol {m.PROTOCOL}, found {message.protocol}: two versions of mpsrun?")
+            raise MpsrunError(
+                f"expected protocol {m.PROTOCOL}, found {message.protocol}: two versions of mpsrun?"
+            )
         torch.set_num_threads(message.threads)
         self._device = open_device(message.device, message.device_index)
         self._device.bind_counters(self._map(message.counters))
@@ -141,7 +143,7 @@ class Worker:
         if self._device is not None:
             try:
                 self._device.synchronize()
-            except Exception as further:  # a broken CUDA context: the first error is the one to report
+            except Exception as further:  # noqa: BLE001 - a broken CUDA context: the first error is the one to report
                 text += f"\nwhile draining the device: {further}"
         self.channel.send(m.Failed(self.index, seq, type(error).__name__, str(error), text))
 
@@ -161,4 +163,6 @@ def main(index: int) -> None:
     channel = WorkerChannel(settings.worker_socket(index), settings.report_socket)
     Worker(index, channel).run()
     channel.close()
-    os._exit(0)  # no interpreter shutdown: memory shared by CUDA IPC is closed by the driver, in whatever order
+    os._exit(
+        0
+    )  # no interpreter shutdown: memory shared by CUDA IPC is closed by the driver, in whatever order

@@ -42,7 +42,7 @@ class WorkerChannel:
         return message
 
     def _from_socket(self, timeout_s: float) -> ToWorker | None:
-        if not self._commands.poll(timeout_s * 1000):
+        if not self._commands.poll(int(timeout_s * 1000)):
             return None
         return codec.decode_to_worker(self._commands.recv())
 
@@ -71,7 +71,7 @@ class LeadChannel:
 
     def receive(self, timeout_s: float) -> ToLead | None:
         """The next report; None after `timeout_s`. Raises `BadMessage`."""
-        if not self._reports.poll(timeout_s * 1000):
+        if not self._reports.poll(int(timeout_s * 1000)):
             return None
         return codec.decode_to_lead(self._reports.recv())
 

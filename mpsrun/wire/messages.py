@@ -59,14 +59,20 @@ class Start(msgspec.Struct, frozen=True, tag=True):
 
 
 class Map(msgspec.Struct, frozen=True, tag=True):
+    """Map a chunk."""
+
     chunk: ChunkHandle
 
 
 class Unmap(msgspec.Struct, frozen=True, tag=True):
+    """Unmap chunks, which the lead no longer has."""
+
     chunks: list[int]
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
+    """A job's program."""
+
     job: int
     program: Program
 
@@ -107,6 +113,8 @@ class Flags(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Forward(msgspec.Struct, frozen=True, tag=True):
+    """Run a layout's job on what stands in the slot; `flags` only where they changed."""
+
     seq: int
     invocation: int
     layout: int
@@ -140,7 +148,7 @@ class Count(msgspec.Struct, frozen=True, tag=True):
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
-    pass
+    """End."""
 
 
 ToWorker = (
@@ -163,6 +171,8 @@ class Started(msgspec.Struct, frozen=True, tag=True):
 
 
 class Prepared(msgspec.Struct, frozen=True, tag=True):
+    """A layout has been run once and is ready."""
+
     worker: int
     layout: int
 

@@ -1,0 +1,230 @@
+"""A worker that raises, dies or hangs: the numbers stay right and the run goes on without it, or --strict ends it."""
+
+import copy
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+import pool
+import pytest
+import torch
+from networks import Three
+from torch import Tensor, nn
+from transparency import TOLERANCE, assert_same, on_lanes
+
+from mpsrun.config import Config
+from mpsrun.errors import WorkerError
+from mpsrun.run.coordinator import Coordinator
+from mpsrun.wire import messages as m
+
+WATCHDOG_S = 3.0
+SPARE_S = 4.0  # what killing, computing again and this machine's other work may take on top
+Fault = Callable[[Coordinator, int, pytest.MonkeyPatch], None]
+
+
+def killed(coordinator: Coordinator, victim: int, _: pytest.MonkeyPatch) -> None:
+    """Die in the middle of the next piece of work: stopped now, killed when the lead waits."""
+    pid = pid_of(coordinator, victim)
+    os.kill(pid, signal.SIGSTOP)
+    threading.Timer(0.3, os.kill, (pid, signal.SIGKILL)).start()
+
+
+def stuck(coordinator: Coordinator, victim: int, _: pytest.MonkeyPatch) -> None:
+    """Do nothing from now on."""
+    os.kill(pid_of(coordinator, victim), signal.SIGSTOP)
+
+
+def raising(coordinator: Coordinator, victim: int, patch: pytest.MonkeyPatch) -> None:
+    """Be told to do the next piece of work with a layout that does not exist."""
+    send_step = coordinator._channel.send_step
+
+    def send_wrong(worker: int, message: m.Forward | m.Backward) -> None:
+        send_step(worker, msgspec.structs.replace(message, layout=10**9) if worker == victim else message)
+
+    patch.setattr(coordinator._channel, "send_step", send_wrong)
+
+
+def pid_of(coordinator: Coordinator, worker: int) -> int:
+    pid = coordinator.links[worker - 1].pid
+    assert pid is not None
+    return pid
+
+
+class Pair:
+    """The same network twice: plain, and on lanes with one worker, the `victim`."""
+
+    def __init__(self, coordinator: Coordinator, make: Callable[[], nn.Module] = Three) -> None:
+        torch.manual_seed(0)
+        self.plain = make().double()
+        self.fast = on_lanes(copy.deepcopy(self.plain), 1)
+        self.coordinator = coordinator
+        self.victim = coordinator.usable()[0]
+        for step in range(2):
+            self.step(step)
+
+    def step(self, seed: int, between: Callable[[], None] = lambda: None) -> None:
+        """One training step of both; `between` runs before the backward of the one on lanes."""
+        given = batch(seed)
+        wanted = self._step(self.plain, given.clone().requires_grad_(), lambda: None)
+        found = self._step(self.fast, given.clone().requires_grad_(), between)
+        assert_same(found, wanted, f"step {seed}", TOLERANCE)
+
+    def _step(self, model: nn.Module, given: Tensor, between: Callable[[], None]) -> dict[str, Any]:
+        model.zero_grad()
+        output = model(given)
+        between()
+        output.square().sum().backward()
+        seen = {"output": output.detach(), "gradient of the input": given.grad}
+        seen |= {f"gradient of {n}": p.grad for n, p in model.named_parameters()}
+        with torch.no_grad():
+            for p in model.parameters():
+                p.sub_(p.grad, alpha=0.02)  # type: ignore[arg-type]
+        return seen | {n: value.clone() for n, value in model.state_dict().items()}
+
+    def assert_goes_on(self) -> None:
+        """The victim is out, its siblings do the work."""
+        assert self.victim not in self.coordinator.usable()
+        heirs = self.coordinator.usable()[:1]
+        before = self.executed(heirs)
+        for step in range(10, 13):
+            self.step(step)
+        assert self.executed(heirs) > before or not heirs
+
+    def executed(self, workers: list[int]) -> int:
+        counts = self.coordinator.counts()
+        return sum(sum(counts[i].forwards.values()) + sum(counts[i].backwards.values()) for i in workers)
+
+
+def batch(seed: int) -> Tensor:
+    return torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="class")
+def expendable() -> Iterator[Coordinator]:
+    """More workers than a test loses, under a short watchdog."""
+    with pool.running(Config(workers=9, lanes="workers", timeout_s=WATCHDOG_S)) as coordinator:
+        yield coordinator
+
+
+@pytest.fixture(scope="class")
+def strict() -> Iterator[Coordinator]:
+    with pool.running(Config(workers=6, lanes="workers", timeout_s=WATCHDOG_S, strict=True)) as coordinator:
+        yield coordinator
+
+
+class TestGoesOn:
+    @pytest.mark.parametrize("fault", [killed, stuck, raising])
+    def test_in_forward(
+        self, expendable: Coordinator, fault: Fault, monkeypatch: pytest.MonkeyPatch, capfd: Any
+    ) -> None:
+        pair = Pair(expendable)
+        fault(expendable, pair.victim, monkeypatch)
+        start = time.monotonic()
+        pair.step(2)
+        assert time.monotonic() - start < WATCHDOG_S + SPARE_S
+        monkeypatch.undo()
+        pair.assert_goes_on()
+        told = capfd.readouterr().err
+        assert f"worker {pair.victim} is out" in told
+        assert fault is not raising or "KeyError: 1000000000" in told
+
+    @pytest.mark.parametrize("fault", [killed, stuck, raising])
+    def test_in_backward(
+        self, expendable: Coordinator, fault: Fault, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pair = Pair(expendable)
+        start = time.monotonic()
+        pair.step(2, between=lambda: fault(expendable, pair.victim, monkeypatch))
+        assert time.monotonic() - start < WATCHDOG_S + SPARE_S
+        monkeypatch.undo()
+        pair.assert_goes_on()
+
+    def test_between_steps(self, expendable: Coordinator) -> None:
+        pair = Pair(expendable)
+        os.kill(pid_of(expendable, pair.victim), signal.SIGKILL)
+        pair.step(2)
+        pair.assert_goes_on()
+
+    def test_with_several_forwards_under_way(self, expendable: Coordinator) -> None:
+        """The activations of all of them died: each is computed again for its backward, with the buffers as they were."""
+        pair = Pair(expendable)
+        for model in (pair.plain, pair.fast):
+            outputs = [model(batch(i)) for i in range(4)]
+            if model is pair.fast:
+                os.kill(pid_of(expendable, pair.victim), signal.SIGKILL)
+            model.zero_grad()
+            torch.stack(outputs).square().sum().backward()
+        for (name, p), q in zip(pair.fast.named_parameters(), pair.plain.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, **TOLERANCE, msg=name)
+        pair.assert_goes_on()
+
+    def test_all_of_them(self, expendable: Coordinator) -> None:
+        pair = Pair(expendable)
+        for worker in expendable.usable():
+            os.kill(pid_of(expendable, worker), signal.SIGKILL)
+        pair.step(2)
+        pool.wait_until(lambda: not expendable.usable())
+        pair.assert_goes_on()
+
+
+class TestStrict:
+    @pytest.mark.parametrize("where", ["forward", "backward"])
+    def test_raising(self, strict: Coordinator, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The same type, with the worker's traceback."""
+        pair = Pair(strict)
+        with pytest.raises(KeyError) as found:
+            self._fail(pair, where, raising, monkeypatch)
+        assert "1000000000" in str(found.value)
+        assert f"in worker {pair.victim}" in str(found.value)
+        assert "executor.py" in str(found.value) or "worker.py" in str(found.value)
+
+    @pytest.mark.parametrize("fault", [killed, stuck])
+    @pytest.mark.parametrize("where", ["forward", "backward"])
+    def test_lost(
+        self, strict: Coordinator, fault: Fault, where: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pair = Pair(strict)
+        with pytest.raises(WorkerError, match=f"worker {pair.victim} is out"):
+            self._fail(pair, where, fault, monkeypatch)
+
+    def _fail(self, pair: Pair, where: str, fault: Fault, patch: pytest.MonkeyPatch) -> None:
+        """The error comes at once, or at the latest with the next step, where the lead had gone on already."""
+        start = time.monotonic()
+        if where == "forward":
+            fault(pair.coordinator, pair.victim, patch)
+            pair.step(2)
+        else:
+            pair.step(2, between=lambda: fault(pair.coordinator, pair.victim, patch))
+        patch.undo()
+        pair.step(3)
+        assert time.monotonic() - start < WATCHDOG_S + SPARE_S
+
+
+class OutOfRange(nn.Module):
+    """A branch that fails for some inputs, wherever it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(5, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([table(x).tanh().sum(1) for table in self.tables]).prod(0)
+
+
+class TestErrorOfTheScript:
+    def test_same_type_as_plain(self, expendable: Coordinator) -> None:
+        torch.manual_seed(0)
+        plain = OutOfRange()
+        fast = on_lanes(copy.deepcopy(plain), 2)
+        good, bad = torch.tensor([[0, 4]]), torch.tensor([[0, 5]])
+        for _ in range(3):
+            fast(good).sum().backward()
+        for model in (plain, fast):
+            with pytest.raises(IndexError):
+                model(bad).sum().backward()
+        for _ in range(3):
+            torch.testing.assert_close(fast(good), plain(good))
