@@ -137,7 +137,7 @@ class Graph:
 
     def __call__(self, *args: Any) -> Any:
         coordinator = self._coordinator
-        if coordinator is None:
+        if coordinator is None or _saved_tensor_hooks():
             return self._gm.forward(*args)
         key = (
             torch.is_grad_enabled(),
@@ -148,7 +148,7 @@ class Graph:
         if special is None or special.epoch != coordinator.epoch:
             return self._first(key, args)
         if not special.ready:
-            special.ready = all(coordinator.is_ready(r.crossing) for r in special.regions)
+            special.ready = all(coordinator.is_ready(c) for r in special.regions for c in r.crossings)
             if not special.ready:
                 return self._gm.forward(*args)
         self.summary.calls += 1
@@ -165,9 +165,10 @@ class Graph:
         regions, run = self._lower(regions)
         special = self._specials[key] = _Special(epoch, regions, run)
         for lowered in regions:
-            coordinator.prepare(lowered.crossing, [observer.values[node] for node in lowered.cut.args])
+            for strand in lowered.cut.strands:
+                coordinator.prepare(strand.crossing, [observer.values[node] for node in strand.args])
         observer.values.clear()
-        if self._forced and not coordinator.wait_ready([r.crossing for r in regions]):
+        if self._forced and not coordinator.wait_ready([c for r in regions for c in r.crossings]):
             log.say("the workers did not get ready in time; the network runs in the lead until they are")
         special.ready = not regions
         return result
@@ -187,14 +188,14 @@ class Graph:
                 self.summary.decline(region, plan.reason)
                 continue
             try:
-                crossing, cut = cutter.cut(region, plan, seen)
+                cut = cutter.cut(region, plan, seen)
             except NotShippable as error:
                 self.summary.refuse(str(error), region.where)
                 continue
             for branch, lane in zip(region.branches, plan.lanes, strict=True):
                 gone.update(branch.nodes if lane else ())
-            self.summary.accept(region, plan.lanes, crossing)
-            cuts.append(Lowered(region, crossing, cut))
+            self.summary.accept(region, plan.lanes, cut.jobs)
+            cuts.append(Lowered(region, cut))
         return cuts
 
     def _lower(self, regions: list[Lowered]) -> tuple[list[Lowered], Callable[..., Any]]:
@@ -234,6 +235,11 @@ class _Observer(fx.Interpreter):
                 self._metas[n] = meta
                 self.values[n] = result.detach() if isinstance(result, torch.Tensor) else result
         return result
+
+
+def _saved_tensor_hooks() -> bool:
+    """Whether somebody looks at what autograd saves: checkpointing counts on the same tensors in every run."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _offset() -> int:

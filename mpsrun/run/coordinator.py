@@ -135,7 +135,7 @@ class Coordinator:
 
     def reserve_random(self, crossing: Crossing) -> tuple[list[m.Rng | None], int]:
         """Give each random op of a region its place in the generator's sequence, and step over them all."""
-        if not crossing.random_total:
+        if not crossing.random_total and not any(share.spans for share in crossing.shares):
             return [None] * len(crossing.shares), 0
         generator = self._generator()
         start = generator.get_offset()
@@ -277,7 +277,7 @@ class Coordinator:
         for link in self.links:
             self._examine(link)
             if link.lost is not None and link.tasks:
-                self._finish(link)
+                self._standin.finish(link, self.fail)
 
     def _hear(self, message: m.ToLead) -> None:
         if not 1 <= message.worker <= len(self.links):
@@ -338,12 +338,6 @@ class Coordinator:
             self._error = as_lead_error(link.index, reason, failure)
         with self._changed:
             self._changed.notify_all()
-
-    def _finish(self, link: Link) -> None:
-        try:
-            self._standin.finish(link)
-        except Exception as error:  # noqa: BLE001 - what the plain script would have raised here
-            self._error = error
 
     # ---- the end
 

@@ -20,11 +20,14 @@ from mpsrun.run.specialize import Cut
 
 @dataclass(frozen=True, eq=False)
 class Lowered:
-    """A region, what crosses at it, and how."""
+    """A region and what crosses at it."""
 
     region: Region
-    crossing: Crossing
     cut: Cut
+
+    @property
+    def crossings(self) -> list[Crossing]:
+        return [strand.crossing for strand in self.cut.strands]
 
     @property
     def nodes(self) -> frozenset[fx.Node]:
@@ -148,15 +151,18 @@ class _Emitter:
 
     def _emit_region(self, lowered: Lowered, regions: Sequence[Lowered]) -> None:
         self._set_state(None)
-        crossing, cut = lowered.crossing, lowered.cut
-        number = lowered.region.index
-        args = tuple(self._values[node] for node in cut.args)
-        handle = self._graph.call_function(_named(f"fork_{number}", lambda *a: fork(crossing, a)), args)
-        self._emit_group(cut.own, regions, _Handle(crossing, handle, cut.random))
+        number, strands = lowered.region.index, lowered.cut.strands
+        handles = []
+        for strand in strands:
+            args = tuple(self._values[node] for node in strand.args)
+            handles.append(self._graph.call_function(_forking(f"fork_{number}", strand.crossing), args))
+        first = _Handle(strands[0].crossing, handles[0], lowered.cut.random)
+        self._emit_group(lowered.cut.own, regions, first)
         self._set_state(None)
-        outputs = self._graph.call_function(_named(f"join_{number}", join), (handle,))
-        for i, node in enumerate(cut.outputs):
-            self._values[node] = self._graph.call_function(_item, (outputs, i))
+        for strand, handle in zip(strands, handles, strict=True):
+            outputs = self._graph.call_function(_named(f"join_{number}", join), (handle,))
+            for i, node in enumerate(strand.outputs):
+                self._values[node] = self._graph.call_function(_item, (outputs, i))
 
     def _emit_node(self, node: fx.Node, handle: _Handle | None) -> None:
         self._set_state(self._effects.facts[node].state)
@@ -193,6 +199,10 @@ class _Handle:
 
 def _item(values: Sequence[torch.Tensor], index: int) -> torch.Tensor:
     return values[index]
+
+
+def _forking(name: str, crossing: Crossing) -> Callable[..., Any]:
+    return _named(name, lambda *args: fork(crossing, args))
 
 
 def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,7 +14,6 @@ from mpsrun import log
 
 if TYPE_CHECKING:
     from mpsrun.graph.regions import Region
-    from mpsrun.run.crossing import Crossing
     from mpsrun.wire.messages import Counts
 
 
@@ -23,13 +22,13 @@ class RegionReport:
     """A region on its lanes.
 
     lanes: by branch, 0 for the lead or the number of a worker. first_ops: by branch, what it starts with. jobs: by
-    worker, the job in which its branches run.
+    branch, the job that it is part of, 0 in the lead.
     """
 
     where: str | None
     lanes: tuple[int, ...]
     first_ops: tuple[str, ...]
-    jobs: dict[int, int]
+    jobs: tuple[int, ...]
 
 
 @dataclass
@@ -50,8 +49,7 @@ class Graph:
     def decline(self, region: Region, reason: str) -> None:
         self.refuse(f"a region of {len(region.branches)} branches stays in the lead: {reason}", region.where)
 
-    def accept(self, region: Region, lanes: tuple[int, ...], crossing: Crossing) -> None:
-        jobs = {share.link.index: share.job for share in crossing.shares}
+    def accept(self, region: Region, lanes: tuple[int, ...], jobs: tuple[int, ...]) -> None:
         first_ops = tuple(branch.nodes[0].name for branch in region.branches)
         self.regions.append(RegionReport(region.where, lanes, first_ops, jobs))
 
@@ -69,9 +67,9 @@ def print_table(counts: Mapping[int, Counts]) -> None:
     table = Table("region", "branch", "ran in", "forward", "backward", title="branches")
     regions = [(graph, region) for graph in graphs for region in graph.regions if graph.calls]
     for number, (graph, region) in enumerate(regions, 1):
-        for branch, (lane, name) in enumerate(zip(region.lanes, region.first_ops, strict=True), 1):
+        rows = zip(region.lanes, region.first_ops, region.jobs, strict=True)
+        for branch, (lane, name, job) in enumerate(rows, 1):
             told = counts.get(lane)
-            job = region.jobs.get(lane, 0)
             forward = told.forwards.get(job, 0) if told else graph.calls if lane == 0 else 0
             backward = str(told.backwards.get(job, 0)) if told else ""
             where = f"worker {lane}" if lane else "lead"

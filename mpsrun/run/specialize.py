@@ -13,7 +13,7 @@ from torch import fx
 from mpsrun.errors import NotShippable
 from mpsrun.graph.effects import Effects
 from mpsrun.graph.program import Program, State, extract
-from mpsrun.graph.regions import Region
+from mpsrun.graph.regions import Branch, Region
 from mpsrun.plan.plan import Assignment
 from mpsrun.run import state as modes
 from mpsrun.run.coordinator import Coordinator
@@ -33,15 +33,27 @@ class Observation:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """A region cut along its plan: what crosses.
+class Strand:
+    """Branches whose outputs end in the same outputs of the graph, so that backward reaches all of them or none.
 
-    args: outside nodes which the workers need. outputs: nodes of the workers which others need. own: nodes left to
-    the lead. random: by node of the lead, the offset of its draws from the region's start.
+    args: outside nodes which their workers need. outputs: their nodes which others need.
     """
 
+    crossing: Crossing
     args: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A region cut along its plan.
+
+    jobs: by branch, the job which it is part of, 0 in the lead. own: nodes left to the lead. random: by node of the
+    lead, the offset of its draws from the region's start.
+    """
+
+    strands: tuple[Strand, ...]
+    jobs: tuple[int, ...]
     own: tuple[fx.Node, ...]
     random: Mapping[fx.Node, int]
 
@@ -67,37 +79,61 @@ class Cutter:
         self._coordinator = coordinator
         self._effects = effects
         facts = effects.facts
-        self._visible = (
-            frozenset().union(*(facts[node].outputs for node in returned)) if returned else frozenset()
-        )
+        self._visible = frozenset().union(*(facts[node].outputs for node in returned))
+        self._ends: dict[fx.Node, set[int]] = {}  # by node, the graph's outputs that depend on it
+        for number, node in enumerate(returned):
+            self._mark(node, number)
 
-    def cut(self, region: Region, assignment: Assignment, seen: Observation) -> tuple[Crossing, Cut]:
-        """The crossing of a region under an assignment. Raises `NotShippable` with the reason."""
+    def _mark(self, end: fx.Node, number: int) -> None:
+        stack = [end]
+        while stack:
+            node = stack.pop()
+            ends = self._ends.setdefault(node, set())
+            if number not in ends:
+                ends.add(number)
+                stack.extend(node.all_input_nodes)
+
+    def cut(self, region: Region, assignment: Assignment, seen: Observation) -> Cut:
+        """What crosses at a region under an assignment. Raises `NotShippable` with the reason."""
         device = _device_of(region, seen)
         if device.type != self._coordinator.device.kind:
             raise NotShippable(
                 f"its tensors are on {device}, the workers use {self._coordinator.device.kind}"
             )
         state = modes.ambient(device.type)
-        parts = self._parts(region, assignment, seen, state)
-        args = tuple(dict.fromkeys(node for part in parts for node in part.inputs))
-        outputs = tuple(node for part in parts for node in part.outputs)
-        taken = {
-            n
-            for branch, lane in zip(region.branches, assignment.lanes, strict=True)
-            if lane
-            for n in branch.nodes
-        }
-        own = tuple(n for branch in region.branches for n in branch.nodes if n not in taken)
+        laned = list(zip(region.branches, assignment.lanes, strict=True))
+        own = tuple(node for branch, lane in laned if not lane for node in branch.nodes)
         starts, total = _random_starts(region, seen)
-        crossing = self._crossing(parts, args, seen, state, device, starts, total)
-        return crossing, Cut(args, outputs, own, {n: s for n, s in starts.items() if n not in taken})
+        groups: dict[frozenset[int], list[tuple[Branch, int]]] = {}
+        for branch, lane in laned:
+            if lane:
+                ends = frozenset(end for node in branch.outputs for end in self._ends.get(node, ()))
+                groups.setdefault(ends, []).append((branch, lane))
+        strands = []
+        jobs: dict[Branch, int] = {}
+        for group in groups.values():
+            parts = self._parts(group, seen, state)
+            args = tuple(dict.fromkeys(node for part in parts for node in part.inputs))
+            outputs = tuple(node for part in parts for node in part.outputs)
+            crossing = self._crossing(parts, args, seen, state, device, starts, total)
+            strands.append(Strand(crossing, args, outputs))
+            job_of = {share.link.index: share.job for share in crossing.shares}
+            jobs |= {branch: job_of[lane] for branch, lane in group}
+            # The first strand takes the whole region's share of the random sequence; the others count from its end.
+            starts, total = {node: start - total for node, start in starts.items()}, 0
+        starts, _ = _random_starts(region, seen)
+        return Cut(
+            tuple(strands),
+            tuple(jobs.get(b, 0) for b in region.branches),
+            own,
+            {node: starts[node] for node in own if node in starts},
+        )
 
-    def _parts(self, region: Region, assignment: Assignment, seen: Observation, state: State) -> list[_Part]:
+    def _parts(self, laned: Sequence[tuple[Branch, int]], seen: Observation, state: State) -> list[_Part]:
         found = []
         arg_of: dict[fx.Node, int] = {}
-        for worker in sorted(set(assignment.lanes) - {0}):
-            chosen = [b for b, lane in zip(region.branches, assignment.lanes, strict=True) if lane == worker]
+        for worker in sorted({lane for _, lane in laned}):
+            chosen = [branch for branch, lane in laned if lane == worker]
             nodes = sorted((n for b in chosen for n in b.nodes), key=self._effects.order.__getitem__)
             outputs = [node for branch in chosen for node in branch.outputs]
             program, inputs = extract(nodes, self._effects, outputs)

@@ -28,19 +28,20 @@ class StandIn:
         self._executor = Executor(device, chunk)
         self._stream = torch.cuda.Stream() if device.kind == "cuda" else None
 
-    def finish(self, link: Link) -> int:
-        """Do everything that this link owes; returns how many tasks that were."""
-        count = 0
+    def finish(self, link: Link, report: Callable[[Exception], None]) -> None:
+        """Do everything that this link owes.
+
+        What the plain script would have raised here goes to `report` before anybody who waits is released.
+        """
         while link.tasks:
             task = link.tasks[0]
             with self._on_stream():
                 try:
                     self._do(link, task)
-                finally:
-                    self._device.signal([link.done], [task.seq])
+                except Exception as error:  # noqa: BLE001 - it belongs to the script
+                    report(error)
+                self._device.signal([link.done], [task.seq])
             link.tasks.popleft()
-            count += 1
-        return count
 
     def drop(self, invocations: list[int]) -> None:
         """Forget forwards whose backward will not come."""
