@@ -456,7 +456,7 @@ def test_checkpointing(reentrant: bool, nothing_kept: None) -> None:
             seen[f"gradient of input {i}"] = given.grad
         return {**seen, **state(model)}
 
-    same(script, calls=6)
+    same(script, calls=0 if not reentrant else 4)
 
 
 def test_kept_tensors_stay(nothing_kept: None) -> None:

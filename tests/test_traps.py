@@ -71,11 +71,11 @@ def test_branch_writes_what_its_sibling_has_read() -> None:
     assert_right(Trap)
 
 
-def test_relu_in_place_at_the_start_of_both_branches() -> None:
+def test_write_at_the_start_of_both_branches() -> None:
     class Trap(Two):
         def forward(self, x: Tensor) -> Tensor:
             x = self.trunk(x)
-            return self.left(torch.relu_(x)) * self.right(torch.relu_(x))
+            return self.left(x.mul_(2).clone()) * self.right(x.add_(1).clone())
 
     assert_right(Trap)
 
@@ -139,9 +139,9 @@ def test_buffer_written_by_both_branches() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             self.count.add_(1)
-            left = self.left(x) * self.count
+            left = self.left(x) + self.count
             self.count.mul_(2)
-            return left + self.right(x) * self.count
+            return left * (self.right(x) + self.count)
 
     assert_right(Trap)
 

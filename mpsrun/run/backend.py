@@ -37,6 +37,7 @@ def mpsrun(
     """
     chosen = Options.read(options or {}, mode)
     graph = Graph(gm, chosen)
+    graph.summary.plain = graph.is_plain
     report.graphs.append(graph.summary)
     return gm.forward if graph.is_plain else graph
 
@@ -88,7 +89,14 @@ class Graph:
         self._regions: tuple[Region, ...] = ()
         self._coordinator: Coordinator | None = None
         if options.lanes != "serial":
-            self._look(gm)
+            try:
+                self._look(gm)
+            except Exception as error:  # noqa: BLE001 - a network that cannot be analysed still trains
+                if config.current().strict:
+                    raise
+                log.say(
+                    f"a network could not be analysed, it runs in the lead ({type(error).__name__}: {error})"
+                )
 
     @property
     def is_plain(self) -> bool:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mpsrun import log
-from mpsrun.run import backend
+from mpsrun.run import backend, report
 
 DONE_STEPS = 2  # optimizer steps after which every network of a training step has been called
 RECOMPILE_LIMIT = 256  # train/eval, grad, frozen, autocast and batch sizes multiply
@@ -69,12 +69,26 @@ class Discovery:
 
 
 def compile_in_place(module: nn.Module) -> None:
-    """Compile a module's call with this backend. Names in its `state_dict` do not change."""
+    """Compile a module's call with this backend. Names in its `state_dict` do not change.
+
+    A network of which nothing leaves the lead in training is given its plain call back.
+    """
     if module.__dict__.get("_compiled_call_impl") is not None:
         return
     _prepare_dynamo()
     log.detail(f"compiling {type(module).__name__} in place")
+    known = len(report.graphs)
     module.compile(backend=backend.mpsrun)
+    compiled = module._compiled_call_impl
+
+    def decide(*args: Any, **kwargs: Any) -> Any:
+        result = compiled(*args, **kwargs)  # type: ignore[misc]
+        if torch.is_grad_enabled():
+            found = report.graphs[known:]
+            module._compiled_call_impl = compiled if any(not graph.plain for graph in found) else None
+        return result
+
+    module._compiled_call_impl = decide
 
 
 def _is_network(module: nn.Module) -> bool:
@@ -102,3 +116,4 @@ def _prepare_dynamo() -> None:
     dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 4 * RECOMPILE_LIMIT)
     dynamo.allow_rnn = True
     dynamo.skip_nnmodule_hook_guards = False
+    dynamo.suppress_errors = True  # what Dynamo cannot handle runs plain, frame by frame

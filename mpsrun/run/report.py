@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,30 +11,38 @@ from rich.console import Console
 from rich.table import Table
 
 from mpsrun import log
+from mpsrun.run import names
 
 if TYPE_CHECKING:
     from mpsrun.graph.regions import Region
     from mpsrun.wire.messages import Counts
+
+CAPTION = "times each branch ran; the lead does not count its own backward"
 
 
 @dataclass(frozen=True)
 class RegionReport:
     """A region on its lanes.
 
-    lanes: by branch, 0 for the lead or the number of a worker. first_ops: by branch, what it starts with. jobs: by
-    branch, the job that it is part of, 0 in the lead.
+    name: the module around it and its path, or the user's line. lanes: by branch, 0 for the lead or the number of a
+    worker. branches: by branch, the path of its module below the region's. jobs: by branch, the
+    job that it is part of, 0 in the lead.
     """
 
-    where: str | None
+    name: names.RegionName
     lanes: tuple[int, ...]
-    first_ops: tuple[str, ...]
+    branches: tuple[str, ...]
     jobs: tuple[int, ...]
 
 
 @dataclass
 class Graph:
-    """One compiled graph: its regions on lanes, its refusals with their reasons, and how often it ran."""
+    """One compiled graph: its regions on lanes, its refusals with their reasons, how often it ran on lanes.
 
+    plain: nothing of it will ever leave the lead.
+    """
+
+    plain: bool = False
     regions: list[RegionReport] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
     calls: int = 0
@@ -50,8 +58,7 @@ class Graph:
         self.refuse(f"a region of {len(region.branches)} branches stays in the lead: {reason}", region.where)
 
     def accept(self, region: Region, lanes: tuple[int, ...], jobs: tuple[int, ...]) -> None:
-        first_ops = tuple(branch.nodes[0].name for branch in region.branches)
-        self.regions.append(RegionReport(region.where, lanes, first_ops, jobs))
+        self.regions.append(RegionReport(names.region(region), lanes, names.branches(region), jobs))
 
     def _refuse(self, text: str) -> None:
         if text not in self.refusals:
@@ -63,16 +70,50 @@ graphs: list[Graph] = []
 
 
 def print_table(counts: Mapping[int, Counts]) -> None:
-    """Write to stderr which branch ran where, and how often its worker says that it did."""
-    table = Table("region", "branch", "ran in", "forward", "backward", title="branches")
-    regions = [(graph, region) for graph in graphs for region in graph.regions if graph.calls]
-    for number, (graph, region) in enumerate(regions, 1):
-        rows = zip(region.lanes, region.first_ops, region.jobs, strict=True)
-        for branch, (lane, name, job) in enumerate(rows, 1):
-            told = counts.get(lane)
-            forward = told.forwards.get(job, 0) if told else graph.calls if lane == 0 else 0
-            backward = str(told.backwards.get(job, 0)) if told else ""
-            where = f"worker {lane}" if lane else "lead"
-            table.add_row(str(number), f"{branch}: {name}", where, str(forward), backward)
+    """Write to stderr which branch ran where, and how often its worker says that it did.
+
+    Regions of one graph that are alike (same kind of module, same branches on the same lanes) share their rows.
+    """
+    table = Table("region", "branch", "ran in", "forward", "backward", title="branches", caption=CAPTION)
+    for graph in graphs:
+        for alike in _fold(graph.regions) if graph.calls else ():
+            for row in _rows(graph, alike, counts):
+                table.add_row(*row)
+            table.add_section()
     if table.row_count:
         Console(file=sys.__stderr__, stderr=True).print(table)
+
+
+def _fold(regions: Sequence[RegionReport]) -> list[list[RegionReport]]:
+    groups: dict[tuple[object, ...], list[RegionReport]] = {}
+    for region in regions:
+        groups.setdefault((region.name.kind, region.branches, region.lanes), []).append(region)
+    return list(groups.values())
+
+
+def _rows(
+    graph: Graph, alike: Sequence[RegionReport], counts: Mapping[int, Counts]
+) -> Iterator[tuple[str, str, str, str, str]]:
+    first = alike[0]
+    label = names.fold([region.name for region in alike])
+    for i, (branch, lane) in enumerate(zip(first.branches, first.lanes, strict=True)):
+        jobs = [region.jobs[i] for region in alike]
+        told = counts.get(lane)
+        if lane == 0:
+            yield label, branch, "lead", _times([graph.calls for _ in alike]), ""
+        elif told is None:  # a worker that was lost takes its counts along
+            yield label, branch, f"worker {lane}", "?", "?"
+        else:
+            forward = _times([told.forwards.get(job, 0) for job in jobs])
+            backward = _times([told.backwards.get(job, 0) for job in jobs])
+            yield label, branch, f"worker {lane}", forward, backward
+        label = ""
+
+
+def _times(counts: Sequence[int]) -> str:
+    """The count of one region, or of several: "9 x 264" where they agree, else their sum."""
+    if len(counts) == 1:
+        return str(counts[0])
+    if len(set(counts)) == 1:
+        return f"{len(counts)} x {counts[0]}"
+    return f"{sum(counts)} in all"

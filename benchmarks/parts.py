@@ -1,0 +1,163 @@
+"""What a step is made of: the lead's CPU at a crossing, the GPU-side hand-off, the way to the first step, memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from benchmarks.steps import CASES, WORKERS, Case, Stepper, device, spread, synchronize
+from mpsrun.device import ChunkHandle, open_device
+from mpsrun.run import session
+
+ROOT = Path(__file__).parents[1]
+
+
+class Small(nn.Module):
+    """Branches of almost nothing that add up: what remains is the cost of crossing."""
+
+    def __init__(self, branches: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in range(branches))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        total = self.branches[0](x)
+        for branch in self.branches[1:]:
+            total = total + branch(x)
+        return total
+
+
+def crossing(repeats: int) -> dict[str, Any]:
+    """CPU time of the lead for one region with three workers, against plain autograd on the same four branches."""
+    case = Case(lambda: Small(4), (16, 64))
+    model = case.model()
+    sides = {
+        "plain": Stepper(case, model, "eager"),
+        "three workers": Stepper(case, model, WORKERS),
+    }
+    for stepper in sides.values():
+        stepper.warm_up()
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, stepper in sides.items():
+            times[name].append(_lead_cpu_us(stepper))
+    row: dict[str, Any] = {"part": "lead CPU of a step with one region, us"}
+    row |= {name: spread(values, 1) for name, values in times.items()}
+    row["beyond plain autograd"] = round(row["three workers"][0] - row["plain"][0], 1)
+    return row
+
+
+def _lead_cpu_us(stepper: Stepper, steps: int = 200) -> float:
+    """Microseconds until a step is submitted, with an idle GPU before each."""
+    spent = 0.0
+    for _ in range(steps):
+        synchronize()
+        start = time.perf_counter()
+        stepper.step()
+        spent += time.perf_counter() - start
+        stepper.clear()
+    return spent / steps * 1e6
+
+
+def _answer(handle: ChunkHandle, rounds: int, ready: Any) -> None:
+    other = open_device("cuda", 0)
+    other.bind_counters(other.open_chunk(handle))
+    ready.set()
+    for i in range(1, rounds + 1):
+        other.wait([0], [i], 60.0)
+        other.signal([1], [i])
+    other.synchronize()
+
+
+def hand_off(rounds: int = 300) -> dict[str, Any]:
+    """One way from a process's stream to another's, by stream memory operations: half a round trip."""
+    here = open_device("cuda", 0)
+    chunk = here.new_chunk(4096)
+    here.bind_counters(chunk)
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    process = context.Process(target=_answer, args=(chunk.handle, rounds, ready))
+    process.start()
+    if not ready.wait(60):
+        raise TimeoutError("expected the other process to start within 60 s")
+    time.sleep(1.0)  # its waits are queued by then
+    torch.cuda._sleep(400_000_000)  # and so are ours before the first is answered
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for i in range(1, rounds + 1):
+        here.signal([0], [i])
+        here.wait([1], [i], 60.0)
+    end.record()
+    here.synchronize()
+    process.join(30)
+    return {
+        "part": "GPU-side hand-off, one way, us",
+        "mean": round(begin.elapsed_time(end) * 1e3 / rounds / 2, 2),
+    }
+
+
+def print_steps(name: str, steps: int) -> None:
+    """Train plainly and print when each step was done: the script that `first_step` runs."""
+    case = CASES[name]
+    model = case.model().to(device())
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    for _ in range(steps):
+        model(torch.randn(case.shape, device=device())).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        synchronize()
+        print(f"step {time.time():.3f}", flush=True)
+
+
+def first_step(name: str) -> dict[str, Any]:
+    """Seconds from the start of the process to the plain script's first step, and to mpsrun's first on lanes."""
+    script = [str(ROOT / "scripts" / "bench"), "--print-steps", name]
+    plain = _times([sys.executable, *script])
+    fast = _times([sys.executable, "-m", "mpsrun", "--workers", "3", "--lanes", "workers", *script])
+    # The first step runs plain, in the second the network is compiled and looked at; the third is on lanes.
+    row = {"part": f"{name}: first step, s", "plain": plain[0], "mpsrun, first on lanes": fast[2]}
+    return row | {"later": round(fast[2] - plain[0], 2)}
+
+
+def _times(command: list[str]) -> list[float]:
+    start = time.time()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=ROOT, check=True)
+    words = [line.split() for line in done.stdout.splitlines() if line.startswith("step ")]
+    return [round(float(word) - start, 2) for _, word in words]
+
+
+def soak(steps: int) -> dict[str, Any]:
+    """Memory of lead and workers after a tenth of the steps and after all of them, MiB."""
+    case = Case(lambda: Small(4), (16, 64))
+    stepper = Stepper(case, case.model(), WORKERS)
+    stepper.warm_up()
+    row: dict[str, Any] = {"part": f"memory over {steps} steps, MiB: after a tenth, after all, growth"}
+    stepper.time_steps(steps // 10)
+    before = _memory_mib()
+    stepper.time_steps(steps - steps // 10)
+    after = _memory_mib()
+    growth = {name: f"{(after[name] / before[name] - 1) * 100:+.2f} %" for name in before}
+    return row | {name: [before[name], after[name], growth[name]] for name in before}
+
+
+def _memory_mib() -> dict[str, float]:
+    owner = session.current()
+    found = {"lead RSS": _rss_mib(None)}
+    for link in owner.links if owner is not None else []:
+        if link.pid is not None:
+            found[f"worker {link.index} RSS"] = _rss_mib(link.pid)
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        found["GPU, all processes"] = round((total - free) / 2**20, 1)
+    return found
+
+
+def _rss_mib(pid: int | None) -> float:
+    return round(psutil.Process(pid).memory_info().rss / 2**20, 1)
