@@ -91,7 +91,7 @@ class Graph:
         if options.lanes != "serial":
             try:
                 self._look(gm)
-            except Exception as error:  # noqa: BLE001 - a network that cannot be analysed still trains
+            except Exception as error:  # a network that cannot be analysed still trains
                 if config.current().strict:
                     raise
                 log.say(

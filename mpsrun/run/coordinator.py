@@ -20,7 +20,7 @@ from mpsrun.device.arena import Arena, Room
 from mpsrun.errors import MpsrunError, WorkerError
 from mpsrun.run import state as modes
 from mpsrun.run.crossing import Crossing, Invocation, Share
-from mpsrun.run.link import Link
+from mpsrun.run.link import Link, Task
 from mpsrun.run.standin import StandIn
 from mpsrun.wire import messages as m
 from mpsrun.wire.channel import LeadChannel
@@ -31,7 +31,7 @@ GRACE = 2.0  # a wait outlasts the watchdog by this factor, so that the watchdog
 
 
 class Coordinator:
-    """One a process and device. `lock` orders all submissions; the watching thread takes it only for moments."""
+    """One a process and device. `lock` orders all submissions; the watching thread never takes it."""
 
     def __init__(
         self,
@@ -59,6 +59,7 @@ class Coordinator:
         self._abandoned: deque[tuple[tuple[Link, ...], int]] = deque()
         self._forgotten: deque[tuple[Link, int, int]] = deque()
         self._error: Exception | None = None
+        self._raised_s = 0.0
         self._changed = threading.Condition()
         self._closing = False
         self._last_stream: int | None = None
@@ -77,6 +78,7 @@ class Coordinator:
         """Raise what the watching thread could not raise itself: a worker's error under --strict, a failed stand-in."""
         error, self._error = self._error, None
         if error is not None:
+            self._raised_s = time.monotonic()
             raise error
 
     def take(self, size_bytes: int) -> Room:
@@ -210,6 +212,11 @@ class Coordinator:
         """Have the lead raise this at its next crossing."""
         self._error = error
 
+    def _fail_task(self, task: Task, error: Exception) -> None:
+        """A step that several workers fail raises once: what was handed out before that is over with it."""
+        if task.since > self._raised_s:
+            self.fail(error)
+
     def usable(self) -> list[int]:
         """The workers that can be planned with: all which are not lost."""
         return [link.index for link in self.links if link.lost is None]
@@ -277,7 +284,7 @@ class Coordinator:
         for link in self.links:
             self._examine(link)
             if link.lost is not None and link.tasks:
-                self._standin.finish(link, self.fail)
+                self._standin.finish(link, self._fail_task)
 
     def _hear(self, message: m.ToLead) -> None:
         if not 1 <= message.worker <= len(self.links):
@@ -329,9 +336,8 @@ class Coordinator:
     def _lose(self, link: Link, reason: str, failure: m.Failed | None) -> None:
         if link.lost is not None:
             return
-        with self.lock:
-            link.lost = reason
-            self.epoch += 1
+        link.lost = reason  # without the lock, whose holder may be waiting for this very worker
+        self.epoch += 1
         details = f"\n{failure.traceback}" if failure is not None else ""
         log.say(f"worker {link.index} is out: {reason}; the run goes on without it{details}")
         if self.settings.strict:
