@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 SIZE = 16  # pixels a side; of the 8 that the data has nothing would be left after three poolings
 WIDTH = 0.125  # of the channels in the paper
 PEAK_LR = 3e-3
-START = 0.003  # of PEAK_LR
+START = 0.001  # of PEAK_LR
 
 Pictures = tuple[torch.Tensor, torch.Tensor]
 

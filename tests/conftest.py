@@ -57,7 +57,7 @@ def _nothing_left_behind(_end_of_session: None, request: pytest.FixtureRequest) 
 
 
 @pytest.fixture(autouse=True)
-def _fresh_torch() -> Iterator[None]:
+def _fresh_torch(request: pytest.FixtureRequest) -> Iterator[None]:
     """Each test compiles for itself, and computes with one thread as the workers do."""
     import torch
 
@@ -67,6 +67,8 @@ def _fresh_torch() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     torch._dynamo.reset()
+    for name in [n for n in vars(request.module) if n.startswith(("__compiled_fn", "__resume_at"))]:
+        setattr(request.module, name, None)  # what Dynamo leaves of a network with a graph break
 
 
 @pytest.fixture

@@ -218,6 +218,51 @@ def test_input_overlaps_another_input() -> None:
     assert_right(Trap, inputs, step=step)
 
 
+def test_inputs_overlap_later() -> None:
+    """The first steps have inputs of their own, the later ones overlapping ones."""
+
+    class Trap(Two):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            left = self.left(y.mul_(2))
+            return left + self.right(x)
+
+    count = 0
+
+    def inputs() -> tuple[Tensor, ...]:
+        nonlocal count
+        count += 1
+        whole = torch.randn(6, 6, dtype=torch.float64)
+        return (whole[1:], whole[:5]) if count > 4 else (whole[1:], whole[:5].clone())
+
+    def step(trained: Trained, given: tuple[Any, ...], _: int) -> dict[str, Any]:
+        trained.optimizer.zero_grad()
+        output = trained.model(*given)
+        output.square().sum().backward()
+        return {n: p.grad for n, p in trained.model.named_parameters() if p.grad is not None}
+
+    assert_right(Trap, inputs, step=step)
+
+
+def test_inputs_overlap_without_a_common_storage() -> None:
+    """Two tensors made from one array of NumPy's: nothing in them says so."""
+
+    class Trap(Two):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            left = self.left(y.mul_(2))
+            return left + self.right(x)
+
+    def inputs() -> tuple[Tensor, ...]:
+        whole = torch.randn(6, 6, dtype=torch.float64).numpy()
+        return torch.from_numpy(whole[1:]), torch.from_numpy(whole[:5])
+
+    def step(trained: Trained, given: tuple[Any, ...], _: int) -> dict[str, Any]:
+        trained.optimizer.zero_grad()
+        trained.model(*given).square().sum().backward()
+        return {n: p.grad for n, p in trained.model.named_parameters() if p.grad is not None}
+
+    assert_right(Trap, inputs, step=step)
+
+
 def test_same_input_twice() -> None:
     class Trap(Two):
         def forward(self, x: Tensor, y: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class Coordinator:
         self._abandoned: deque[tuple[tuple[Link, ...], int]] = deque()
         self._forgotten: deque[tuple[Link, int, int]] = deque()
         self._error: Exception | None = None
-        self._raised_s = 0.0
+        self._failures: dict[tuple[int, int], Exception] = {}
         self._changed = threading.Condition()
         self._closing = False
         self._last_stream: int | None = None
@@ -78,7 +78,6 @@ class Coordinator:
         """Raise what the watching thread could not raise itself: a worker's error under --strict, a failed stand-in."""
         error, self._error = self._error, None
         if error is not None:
-            self._raised_s = time.monotonic()
             raise error
 
     def take(self, size_bytes: int) -> Room:
@@ -89,7 +88,9 @@ class Coordinator:
         room = self._arena.take(size_bytes)
         if room.pending:
             counters, values = zip(*room.pending, strict=True)
-            self.wait(counters, values)
+            self._wait(counters, values)
+            for pair in room.pending:  # of an invocation that nobody asks for any more
+                self._failures.pop(pair, None)
             room.pending = []
         return room
 
@@ -117,13 +118,22 @@ class Coordinator:
         return sequence
 
     def wait(self, counters: Sequence[int], values: Sequence[int]) -> None:
-        """Wait until the workers have done their work (on a GPU: make the stream wait)."""
+        """Wait until the workers have done their work (on a GPU: make the stream wait).
+
+        On a CPU, raises what the work raised in a worker and in its stand-in; on a GPU `check` does, a little later.
+        """
+        self._wait(counters, values)
+        if self.device.kind == "cpu":
+            self.check()
+            errors = [self._failures.pop(pair, None) for pair in zip(counters, values, strict=True)]
+            for error in filter(None, errors):
+                raise error
+
+    def _wait(self, counters: Sequence[int], values: Sequence[int]) -> None:
         try:
             self.device.wait(counters, values, self.settings.timeout_s * GRACE + 10)
         except TimeoutError as error:
             raise WorkerError(f"a worker did not answer, and neither did its stand-in: {error}") from error
-        if self.device.kind == "cpu":
-            self.check()
 
     def flags(self) -> m.Flags:
         return modes.flags()
@@ -212,9 +222,11 @@ class Coordinator:
         """Have the lead raise this at its next crossing."""
         self._error = error
 
-    def _fail_task(self, task: Task, error: Exception) -> None:
-        """A step that several workers fail raises once: what was handed out before that is over with it."""
-        if task.since > self._raised_s:
+    def _fail_task(self, link: Link, task: Task, error: Exception) -> None:
+        """Have whoever waits for this task raise; on a GPU nobody does, so that the next crossing raises."""
+        if self.device.kind == "cpu":
+            self._failures[link.done, task.seq] = error
+        else:
             self.fail(error)
 
     def usable(self) -> list[int]:

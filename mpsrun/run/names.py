@@ -28,9 +28,6 @@ class RegionName:
     kind: str
     path: str
 
-    def __str__(self) -> str:
-        return f"{self.kind} {self.path}".strip()
-
 
 def region(region: Region) -> RegionName:
     """The innermost module that all branches are in; without one, the user's line."""
@@ -55,12 +52,12 @@ def branches(region: Region) -> tuple[str, ...]:
     )
 
 
-def fold(alike: Sequence[RegionName]) -> str:
-    """One name for regions of the same kind."""
+def fold(alike: Sequence[RegionName]) -> tuple[str, str]:
+    """One name, in two lines, for regions of the same kind."""
+    first, last = alike[0], alike[-1]
     if len(alike) == 1:
-        return str(alike[0])
-    first, last = alike[0].path, alike[-1].path
-    return f"{len(alike)} x {alike[0].kind or 'region'}\n{first} to {last}"
+        return (first.kind, first.path) if first.kind else (first.path, "")
+    return f"{len(alike)} x {first.kind or 'region'}", f"{first.path} to {last.path}"
 
 
 def _path(branch: Branch) -> Path:

@@ -95,8 +95,9 @@ def _rows(
     graph: Graph, alike: Sequence[RegionReport], counts: Mapping[int, Counts]
 ) -> Iterator[tuple[str, str, str, str, str]]:
     first = alike[0]
-    label = names.fold([region.name for region in alike])
+    labels = names.fold([region.name for region in alike])
     for i, (branch, lane) in enumerate(zip(first.branches, first.lanes, strict=True)):
+        label = labels[i] if i < len(labels) else ""
         jobs = [region.jobs[i] for region in alike]
         told = counts.get(lane)
         if lane == 0:
@@ -107,7 +108,6 @@ def _rows(
             forward = _times([told.forwards.get(job, 0) for job in jobs])
             backward = _times([told.backwards.get(job, 0) for job in jobs])
             yield label, branch, f"worker {lane}", forward, backward
-        label = ""
 
 
 def _times(counts: Sequence[int]) -> str:

@@ -28,7 +28,7 @@ class StandIn:
         self._executor = Executor(device, chunk)
         self._stream = torch.cuda.Stream() if device.kind == "cuda" else None
 
-    def finish(self, link: Link, report: Callable[[Task, Exception], None]) -> None:
+    def finish(self, link: Link, report: Callable[[Link, Task, Exception], None]) -> None:
         """Do everything that this link owes.
 
         What the plain script would have raised here goes to `report` before anybody who waits is released.
@@ -39,7 +39,7 @@ class StandIn:
                 try:
                     self._do(link, task)
                 except Exception as error:  # noqa: BLE001 - it belongs to the script
-                    report(task, error)
+                    report(link, task, error)
                 self._device.signal([link.done], [task.seq])
             link.tasks.popleft()
 
