@@ -88,7 +88,8 @@ def _memory_files() -> int:
     """Memory that this process shares, beside what the shared workers keep for themselves."""
     coordinator = pool.current()
     if coordinator is not None:
-        return len(coordinator.device.exported())
+        # On a GPU what is shared is the memory of torch's own allocator, which keeps it.
+        return len(coordinator.device.exported()) if coordinator.device.kind == "cpu" else 0
     return len({entry.stat().st_ino for entry in Path("/proc/self/fd").iterdir() if _is_memfd(entry)})
 
 

@@ -57,9 +57,10 @@ def pid_of(coordinator: Coordinator, worker: int) -> int:
 class Pair:
     """The same network twice: plain, and on lanes with one worker, the `victim`."""
 
-    def __init__(self, coordinator: Coordinator, make: Callable[[], nn.Module] = Three) -> None:
+    def __init__(self, coordinator: Coordinator) -> None:
         torch.manual_seed(0)
-        self.plain = make().double()
+        self.device = coordinator.device.kind
+        self.plain = Three().double().to(self.device)
         self.fast = on_lanes(copy.deepcopy(self.plain), 1)
         self.coordinator = coordinator
         self.victim = coordinator.usable()[0]
@@ -68,7 +69,7 @@ class Pair:
 
     def step(self, seed: int, between: Callable[[], None] = lambda: None) -> None:
         """One training step of both; `between` runs before the backward of the one on lanes."""
-        given = batch(seed)
+        given = batch(seed).to(self.device)
         wanted = self._step(self.plain, given.clone().requires_grad_(), lambda: None)
         found = self._step(self.fast, given.clone().requires_grad_(), between)
         assert_same(found, wanted, f"step {seed}", TOLERANCE)
@@ -161,7 +162,7 @@ class TestGoesOn:
         pair.assert_goes_on()
 
     def test_with_several_forwards_under_way(self, expendable: Coordinator) -> None:
-        """The activations of all of them died: each is computed again for its backward, with the buffers as they were."""
+        """The activations of all of them died: each forward is done again, with the buffers as they were."""
         pair = Pair(expendable)
         for model in (pair.plain, pair.fast):
             outputs = [model(batch(i)) for i in range(4)]

@@ -539,3 +539,29 @@ def test_graph_break_between_regions(nothing_kept: None) -> None:
         return {"losses": torch.stack(train(model, 3)), **state(model)}
 
     same(script, make=Broken, calls=10)
+
+
+class LateReader(Three):
+    """A branch of one region is read again after the next region: detached, or without gradients at all."""
+
+    def __init__(self, detach: bool) -> None:
+        super().__init__()
+        self.detach = detach
+        self.more = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.paths[0](x), self.paths[2](x)
+        joined = torch.tanh(first + second)
+        third, fourth = self.more[0](joined), self.more[1](joined)
+        late = first.detach() * second.detach() if self.detach else first * second
+        return torch.tanh(third + fourth) + late
+
+
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_outputs_that_are_read_late(mode: Any, detach: bool, nothing_kept: None) -> None:
+    def script(model: nn.Module) -> Seen:
+        with mode():
+            return {f"output {i}": model(x(i)).detach().clone() for i in range(5)}
+
+    same(script, make=lambda: LateReader(detach), calls=6)

@@ -1,7 +1,7 @@
 """Random networks as DAGs of ops train on lanes as they train plainly."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -16,8 +16,8 @@ from mpsrun.run import report
 
 WIDTH, ROWS, STEPS, EXAMPLES = 3, 4, 3, 200
 KINDS = (
-    "linear", "linear", "norm", "tanh", "mlp", "relu_", "scale_", "view", "weight", "split", "count", "shared",
-    "add", "mul", "cat",
+    "linear", "linear", "norm", "tanh", "mlp", "relu_", "relu_ of a copy", "scale_", "view", "weight", "split",
+    "count", "shared", "add", "mul", "cat",
 )  # fmt: skip
 
 
@@ -45,10 +45,14 @@ class Network(nn.Module):
         used: set[int] = set()
         for index, step in enumerate(self.steps):
             values.append(self.step(index, step.kind, *(values[source] for source in step.sources)))
-            used.update(step.sources[: 2 if step.kind in ("add", "mul", "cat") else 1])
+            used.update(step.sources[: 2 if step.kind in TWO else 1])
         return tuple(value for index, value in enumerate(values) if index not in used)
 
     def step(self, index: int, kind: str, first: Tensor, second: Tensor) -> Tensor:
+        if kind in TWO:
+            return TWO[kind](first, second)
+        if kind in WRITING:
+            return WRITING[kind](self, first)
         linear = self.linears[index]
         match kind:
             case "linear":
@@ -57,10 +61,6 @@ class Network(nn.Module):
                 return self.norms[index](first)
             case "mlp":
                 return F.gelu(self.norms[index](linear(first))).softmax(1)
-            case "relu_":
-                return torch.relu_(first.clone()) if index % 2 else torch.relu_(first)
-            case "scale_":
-                return first.mul_(0.5)
             case "view":
                 return first.view(-1).view(-1, WIDTH)
             case "weight":
@@ -68,18 +68,26 @@ class Network(nn.Module):
             case "split":
                 left, right = linear(first).split([1, WIDTH - 1], 1)
                 return torch.cat([right, left], 1)
-            case "count":
-                self.counter.add_(1)
-                return first * self.counter.to(first.dtype).reciprocal()
             case "shared":
                 return self.shared(first)
-            case "add":
-                return first + second
-            case "mul":
-                return first * second.sigmoid()
-            case "cat":
-                return torch.cat([first, second], 1).view(2, -1, WIDTH).sum(0)
         return first.tanh()
+
+    def count(self, x: Tensor) -> Tensor:
+        self.counter.add_(1)
+        return x * self.counter.to(x.dtype).reciprocal()
+
+
+TWO: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "add": lambda first, second: first + second,
+    "mul": lambda first, second: first * second.sigmoid(),
+    "cat": lambda first, second: torch.cat([first, second], 1).view(2, -1, WIDTH).sum(0),
+}
+WRITING: dict[str, Callable[[Network, Tensor], Tensor]] = {
+    "relu_": lambda _, x: torch.relu_(x),
+    "relu_ of a copy": lambda _, x: torch.relu_(x.clone()),
+    "scale_": lambda _, x: x.mul_(0.5),
+    "count": lambda network, x: network.count(x),
+}
 
 
 @st.composite

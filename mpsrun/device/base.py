@@ -116,8 +116,11 @@ class Device(Protocol):
         On a CPU it blocks, and raises `TimeoutError` after `timeout_s`; on a GPU it blocks the stream and returns.
         """
 
-    def read_counters(self) -> list[int] | None:
-        """The counters as they stand now, read without disturbing the streams; None if not known yet."""
+    def read_counters(self, wait: bool = False) -> list[int] | None:
+        """The counters as they stand now, read without disturbing the streams.
+
+        None where they are not known yet; with `wait` they are fresh, and worth a moment's wait.
+        """
 
     def stream_key(self) -> int:
         """What order the caller is in: the handle of the current stream."""

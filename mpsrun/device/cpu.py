@@ -6,10 +6,12 @@ import ctypes
 import itertools
 import mmap
 import os
+import re
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -22,6 +24,8 @@ ALIGN_BYTES = 64
 COUNTER_STRIDE = 16  # words: one counter a cache line
 MAX_COUNTERS = 64
 
+_DESCRIPTOR = re.compile(r"/proc/\d+/fd/\d+")
+_SHARED = ("/memfd:", "/dev/shm/torch_")  # noqa: S108 - ours, and what torch itself shares
 _WAIT_SLICE_S = 0.5  # how long a signal handler of Python waits for its turn at most
 
 
@@ -54,11 +58,7 @@ class CpuDevice:
         return Chunk(handle, torch.frombuffer(pages, dtype=torch.uint8), pages)
 
     def open_chunk(self, handle: ChunkHandle) -> Chunk:
-        fd = os.open(handle.token.decode(), os.O_RDWR | os.O_CLOEXEC)
-        try:
-            pages = mmap.mmap(fd, handle.size_bytes)
-        finally:
-            os.close(fd)
+        pages = open_memfd(handle.token.decode(errors="replace"), handle.size_bytes)
         return Chunk(handle, torch.frombuffer(pages, dtype=torch.uint8), pages)
 
     def close_chunk(self, chunk: Chunk) -> None:
@@ -80,7 +80,7 @@ class CpuDevice:
     def export(self, tensors: Sequence[torch.Tensor]) -> list[TensorRef]:
         fresh: dict[int, torch.UntypedStorage] = {}
         for storage in (t.untyped_storage() for t in tensors):
-            if self._find(storage) is None:
+            if self._find(storage) is None and storage.nbytes():
                 fresh[storage.data_ptr()] = storage
         if fresh:
             self._share(list(fresh.values()))
@@ -96,7 +96,7 @@ class CpuDevice:
     def _ref(self, tensor: torch.Tensor) -> TensorRef:
         export = self._find(tensor.untyped_storage())
         if export is None:
-            raise NotShippable("its memory could not be shared with another process")
+            raise NotShippable("a parameter without memory cannot be shared with another process")
         offset = tensor.data_ptr() - export.address
         return TensorRef(
             export.handle.id, offset, tuple(tensor.shape), tensor.stride(), dtype_name(tensor.dtype)
@@ -160,7 +160,7 @@ class CpuDevice:
                     )
                 self._futex.wait(self._address(counter), seen, min(left_s, _WAIT_SLICE_S))
 
-    def read_counters(self) -> list[int]:
+    def read_counters(self, wait: bool = False) -> list[int]:  # noqa: ARG002
         return list(self._counter_words()[::COUNTER_STRIDE])
 
     def stream_key(self) -> int:
@@ -179,6 +179,23 @@ class CpuDevice:
 
     def _address(self, counter: int) -> int:
         return ctypes.addressof(self._counter_words()) + 4 * counter * COUNTER_STRIDE
+
+
+def open_memfd(path: str, size_bytes: int) -> mmap.mmap:
+    """Map the shared memory of another process, named by /proc/PID/fd/N. Raises `MpsrunError` for anything else."""
+    if not _DESCRIPTOR.fullmatch(path):
+        raise MpsrunError(f"expected the path of a descriptor, /proc/PID/fd/N, found {path!r}")
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise MpsrunError(f"expected shared memory at {path}, found none: {error.strerror}") from error
+    try:
+        target, room = str(Path(f"/proc/self/fd/{fd}").readlink()), os.fstat(fd).st_size
+        if not target.startswith(_SHARED) or not 0 < size_bytes <= room:
+            raise MpsrunError(f"expected {size_bytes} bytes of shared memory, found {target} of {room} bytes")
+        return mmap.mmap(fd, size_bytes)
+    finally:
+        os.close(fd)
 
 
 def _aligned(size_bytes: int) -> int:

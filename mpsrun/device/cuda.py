@@ -146,24 +146,33 @@ class CudaDevice:
         part.flags = _REACHED if wait else 0
         return parameters
 
-    def read_counters(self) -> list[int] | None:
-        """The last finished peek, if any; starts the next one on a stream of its own."""
+    def read_counters(self, wait: bool = False) -> list[int] | None:
+        """The last finished peek, if any, while the next one is on its way; with `wait` a fresh one."""
         if self._counters is None:
             return None
+        seen = None
+        if self._peek_done is not None and not wait:
+            if not self._peek_done.query():
+                return None
+            seen = self._peeked()
         if self._peek_host is None:
             self._peek_host = torch.empty(
                 MAX_COUNTERS * COUNTER_STRIDE_BYTES, dtype=torch.uint8, pin_memory=True
             )
-        seen = None
-        if self._peek_done is not None:
-            if not self._peek_done.query():
-                return None
-            seen = self._peek_host.view(torch.int32)[:: COUNTER_STRIDE_BYTES // 4].tolist()
         with torch.cuda.stream(self._peek_stream):
             self._peek_host.copy_(self._counters.memory[: self._peek_host.numel()], non_blocking=True)
             self._peek_done = torch.cuda.Event()
             self._peek_done.record()
-        return None if seen is None else [value & 0xFFFFFFFF for value in seen]
+        if wait:
+            self._peek_done.synchronize()
+            seen = self._peeked()
+        return seen
+
+    def _peeked(self) -> list[int]:
+        if self._peek_host is None:
+            raise MpsrunError("expected a peek at the counters before its result is asked for")
+        words = self._peek_host.view(torch.int32)[:: COUNTER_STRIDE_BYTES // 4]
+        return [value & 0xFFFFFFFF for value in words.tolist()]
 
     def stream_key(self) -> int:
         return torch._C._cuda_getCurrentRawStream(self.index)

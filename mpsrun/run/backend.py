@@ -15,12 +15,14 @@ from mpsrun.graph.effects import Effects, analyze, drop_inert
 from mpsrun.graph.regions import Region, find_regions
 from mpsrun.plan.cost import MACHINES
 from mpsrun.plan.plan import Declined, plan_region
-from mpsrun.run import report, session
+from mpsrun.run import philox, report, session
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.lower import Lowered, lower
+from mpsrun.run.overlaps import Overlaps
 from mpsrun.run.specialize import Cutter, Observation, meta_of, needed_nodes
 
 LANES = ("auto", "serial", "workers")
+MOST_SPECIALS = 64  # sets of sizes of one graph that are kept prepared
 
 
 def mpsrun(
@@ -71,6 +73,7 @@ class _Special:
     epoch: int
     regions: list[Lowered]
     run: Callable[..., Any]
+    reports: list[report.RegionReport]
     ready: bool = False
 
 
@@ -110,6 +113,7 @@ class Graph:
         for refusal in found.refusals:
             self.summary.refuse(refusal.reason, refusal.where)
         self._regions = found.regions
+        self._overlaps = Overlaps(gm, self._effects)
         if not found.regions:
             self.summary.note("no branches that do not depend on each other")
             return
@@ -145,7 +149,7 @@ class Graph:
 
     def __call__(self, *args: Any) -> Any:
         coordinator = self._coordinator
-        if coordinator is None or _saved_tensor_hooks():
+        if coordinator is None or _saved_tensor_hooks() or self._overlaps.now(args):
             return self._gm.forward(*args)
         key = (
             torch.is_grad_enabled(),
@@ -159,7 +163,8 @@ class Graph:
             special.ready = all(coordinator.is_ready(c) for r in special.regions for c in r.crossings)
             if not special.ready:
                 return self._gm.forward(*args)
-        self.summary.calls += 1
+        if special.reports:
+            self.summary.called(special.reports)
         return special.run(*args)
 
     def _first(self, key: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
@@ -171,11 +176,16 @@ class Graph:
         epoch = coordinator.epoch
         regions = self._cut_all(coordinator, observer.observation)
         regions, run = self._lower(regions)
-        special = self._specials[key] = _Special(epoch, regions, run)
-        for lowered in regions:
-            for strand in lowered.cut.strands:
-                coordinator.prepare(strand.crossing, [observer.values[node] for node in strand.args])
-        observer.values.clear()
+        try:
+            for strand in (strand for lowered in regions for strand in lowered.cut.strands):
+                coordinator.prepare(strand.crossing, [observer.values.get(node) for node in strand.args])
+        except NotShippable as error:
+            self.summary.note(str(error))
+            regions, run = [], self._gm.forward
+        while len(self._specials) >= MOST_SPECIALS:
+            del self._specials[next(iter(self._specials))]
+        reports = [self.summary.accept(r.region, r.lanes, r.cut.jobs) for r in regions]
+        special = self._specials[key] = _Special(epoch, regions, run, reports)
         if self._forced and not coordinator.wait_ready([c for r in regions for c in r.crossings]):
             log.say("the workers did not get ready in time; the network runs in the lead until they are")
         special.ready = not regions
@@ -187,7 +197,6 @@ class Graph:
         machine = MACHINES[coordinator.device.kind]
         gone: set[fx.Node] = set()
         cuts = []
-        self.summary.regions.clear()
         for region in self._regions:
             if any(node in gone for branch in region.branches for node in branch.nodes):
                 continue
@@ -202,8 +211,7 @@ class Graph:
                 continue
             for branch, lane in zip(region.branches, plan.lanes, strict=True):
                 gone.update(branch.nodes if lane else ())
-            self.summary.accept(region, plan.lanes, cut.jobs)
-            cuts.append(Lowered(region, cut))
+            cuts.append(Lowered(region, cut, plan.lanes))
         return cuts
 
     def _lower(self, regions: list[Lowered]) -> tuple[list[Lowered], Callable[..., Any]]:
@@ -233,22 +241,19 @@ class _Observer(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         random = n.op.startswith("call") and self._effects.facts[n].random and torch.cuda.is_initialized()
-        before = _offset() if random else 0
+        before = philox.offset() if random else 0
         result = super().run_node(n)
         if random:
-            self._random[n] = _offset() - before
+            self._random[n] = philox.offset() - before
         if n in self._needed:
             meta = meta_of(result)
             if meta is not None:
                 self._metas[n] = meta
-                self.values[n] = result.detach() if isinstance(result, torch.Tensor) else result
+            if n.op == "placeholder":
+                self.values[n] = result
         return result
 
 
 def _saved_tensor_hooks() -> bool:
     """Whether somebody looks at what autograd saves: checkpointing counts on the same tensors in every run."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-
-
-def _offset() -> int:
-    return torch.cuda.default_generators[torch.cuda.current_device()].get_offset()

@@ -1,31 +1,29 @@
-"""The coordinator: lives in the lead, owns the arena and the links to the workers, and watches over every wait."""
+"""The coordinator: lives in the lead, owns the arena and the links to the workers; crossings go through it."""
 
 from __future__ import annotations
 
-import builtins
-import contextlib
 import itertools
 import threading
 import time
+import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from mpsrun import log
 from mpsrun.config import Config, available_cores
 from mpsrun.device import ChunkHandle, Device
 from mpsrun.device.arena import Arena, Room
-from mpsrun.errors import MpsrunError, WorkerError
+from mpsrun.errors import WorkerError
 from mpsrun.run import state as modes
 from mpsrun.run.crossing import Crossing, Invocation, Share
-from mpsrun.run.link import Link, Task
+from mpsrun.run.link import Link
 from mpsrun.run.standin import StandIn
+from mpsrun.run.watcher import Watcher
 from mpsrun.wire import messages as m
 from mpsrun.wire.channel import LeadChannel
 
-POLL_S = 0.05
 COUNTER_BYTES = 4096
 GRACE = 2.0  # a wait outlasts the watchdog by this factor, so that the watchdog is what ends it
 
@@ -43,9 +41,6 @@ class Coordinator:
         self.settings = settings
         self.device = device
         self.lock = threading.RLock()
-        self._end_worker = end_worker
-        self._when_started = when_started
-        self._all_started = False
         count = settings.worker_count()
         addresses = [settings.worker_socket(i) for i in range(1, count + 1)]
         self._channel = LeadChannel(addresses, settings.report_socket)
@@ -54,20 +49,23 @@ class Coordinator:
         device.bind_counters(self._counters)
         self._arena = Arena(device, self._announce)
         self._standin = StandIn(device, self._arena.chunks.__getitem__)
+        self._watcher = Watcher(
+            settings,
+            device,
+            self._channel,
+            self.links,
+            self._standin,
+            end_worker,
+            lambda: when_started(self),
+        )
         self._ids = itertools.count(1)
         self._retired: deque[tuple[Room, int, Sequence[tuple[int, int]]]] = deque()
         self._abandoned: deque[tuple[tuple[Link, ...], int]] = deque()
         self._forgotten: deque[tuple[Link, int, int]] = deque()
-        self._error: Exception | None = None
-        self._failures: dict[tuple[int, int], Exception] = {}
-        self._changed = threading.Condition()
-        self._closing = False
         self._last_stream: int | None = None
-        self.epoch = 0
         for link in self.links:
             self._start(link)
-        self._thread = threading.Thread(target=self._watch, name="mpsrun-coordinator", daemon=True)
-        self._thread.start()
+        self._watcher.start()
 
     # ---- what crossings ask for; the caller holds `lock`
 
@@ -76,9 +74,7 @@ class Coordinator:
 
     def check(self) -> None:
         """Raise what the watching thread could not raise itself: a worker's error under --strict, a failed stand-in."""
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        self._watcher.check()
 
     def take(self, size_bytes: int) -> Room:
         """A slot whose former users are done with it, in the order of the current stream."""
@@ -89,8 +85,7 @@ class Coordinator:
         if room.pending:
             counters, values = zip(*room.pending, strict=True)
             self._wait(counters, values)
-            for pair in room.pending:  # of an invocation that nobody asks for any more
-                self._failures.pop(pair, None)
+            self._watcher.take_failures(room.pending)  # of an invocation that nobody asks for any more
             room.pending = []
         return room
 
@@ -125,8 +120,7 @@ class Coordinator:
         self._wait(counters, values)
         if self.device.kind == "cpu":
             self.check()
-            errors = [self._failures.pop(pair, None) for pair in zip(counters, values, strict=True)]
-            for error in filter(None, errors):
+            for error in self._watcher.take_failures(list(zip(counters, values, strict=True))):
                 raise error
 
     def _wait(self, counters: Sequence[int], values: Sequence[int]) -> None:
@@ -144,36 +138,6 @@ class Coordinator:
             tensors = [args[share.args[i]] for i in share.static_inputs]
             if [tensor.data_ptr() for tensor in tensors] != share.pointers:
                 self._bind(share, tensors)
-
-    def reserve_random(self, crossing: Crossing) -> tuple[list[m.Rng | None], int]:
-        """Give each random op of a region its place in the generator's sequence, and step over them all."""
-        if not crossing.random_total and not any(share.spans for share in crossing.shares):
-            return [None] * len(crossing.shares), 0
-        generator = self._generator()
-        start = generator.get_offset()
-        generator.set_offset(start + crossing.random_total)
-        seed = generator.initial_seed()
-        return [m.Rng(seed, tuple(start + s for s in share.spans)) for share in crossing.shares], start
-
-    def seek(self, handle: tuple[Invocation, object], offset: int) -> None:
-        """Put the generator at an offset from where the region of `handle` started."""
-        self._generator().set_offset(handle[0].random_start + offset)
-
-    @contextlib.contextmanager
-    def random_replayed(self, rng: m.Rng | None) -> Iterator[Callable[[int], None] | None]:
-        """Run random ops at the places they had, and put the generator back afterwards."""
-        if rng is None:
-            yield None
-            return
-        generator = self._generator()
-        before = generator.get_offset()
-        try:
-            yield lambda ordinal: _seek(generator, rng.offsets[ordinal])
-        finally:
-            generator.set_offset(before)
-
-    def _generator(self) -> torch.Generator:
-        return torch.cuda.default_generators[torch.cuda.current_device()]
 
     # ---- set-up of crossings
 
@@ -194,12 +158,12 @@ class Coordinator:
         """Wait until all of these are prepared; False where a worker was lost on the way or time ran out."""
         deadline = time.monotonic() + self.settings.timeout_s * GRACE
         links = [share.link for crossing in crossings for share in crossing.shares]
-        with self._changed:
+        with self._watcher.changed:
             while not all(self.is_ready(crossing) for crossing in crossings):
                 left_s = deadline - time.monotonic()
                 if left_s <= 0 or any(link.lost for link in links):
                     return False
-                self._changed.wait(min(left_s, 1.0))
+                self._watcher.changed.wait(min(left_s, 1.0))
         return True
 
     def counts(self, timeout_s: float = 10.0) -> dict[int, m.Counts]:
@@ -210,24 +174,22 @@ class Coordinator:
                 link.counts = None
                 link.send(m.Count())
         deadline = time.monotonic() + timeout_s
-        with self._changed:
+        with self._watcher.changed:
             while (
                 any(link.counts is None and link.lost is None for link in asked)
                 and time.monotonic() < deadline
             ):
-                self._changed.wait(0.1)
+                self._watcher.changed.wait(0.1)
         return {link.index: link.counts for link in asked if link.counts is not None}
 
     def fail(self, error: Exception) -> None:
         """Have the lead raise this at its next crossing."""
-        self._error = error
+        self._watcher.fail(error)
 
-    def _fail_task(self, link: Link, task: Task, error: Exception) -> None:
-        """Have whoever waits for this task raise; on a GPU nobody does, so that the next crossing raises."""
-        if self.device.kind == "cpu":
-            self._failures[link.done, task.seq] = error
-        else:
-            self.fail(error)
+    @property
+    def epoch(self) -> int:
+        """How many workers were lost so far: plans of an earlier epoch are void."""
+        return self._watcher.epoch
 
     def usable(self) -> list[int]:
         """The workers that can be planned with: all which are not lost."""
@@ -240,7 +202,8 @@ class Coordinator:
         wants = {place.index for place in share.layout.grad_inputs}
         statics = [m.Static(i, r, i in wants) for i, r in zip(share.static_inputs, refs, strict=True)]
         share.link.send(m.Bind(share.job, statics))
-        share.statics = dict(zip(share.static_inputs, tensors, strict=True))
+        references = [weakref.ref(tensor) for tensor in tensors]
+        share.statics = dict(zip(share.static_inputs, references, strict=True))
         share.pointers = [tensor.data_ptr() for tensor in tensors]
 
     def _announce(self, handle: ChunkHandle) -> None:
@@ -271,53 +234,6 @@ class Coordinator:
             self.device.follow(self._last_stream)
         self._last_stream = stream
 
-    # ---- the watching thread
-
-    def _watch(self) -> None:
-        if self.device.kind == "cuda":
-            torch.cuda.set_device(self.device.index)  # type: ignore[attr-defined]
-        while not self._closing:
-            try:
-                self._look()
-            except Exception as error:  # noqa: BLE001 - the thread that ends every wait must not end itself
-                self._error = (
-                    error if isinstance(error, MpsrunError) else MpsrunError(f"coordinator: {error!r}")
-                )
-
-    def _look(self) -> None:
-        message = self._channel.receive(POLL_S)
-        while message is not None:
-            self._hear(message)
-            message = self._channel.receive(0)
-        self._settle()
-        if not self._all_started and all(link.started or link.lost for link in self.links):
-            self._all_started = True
-            threading.Thread(target=self._when_started, args=(self,), daemon=True).start()
-        for link in self.links:
-            self._examine(link)
-            if link.lost is not None and link.tasks:
-                self._standin.finish(link, self._fail_task)
-
-    def _hear(self, message: m.ToLead) -> None:
-        if not 1 <= message.worker <= len(self.links):
-            raise MpsrunError(
-                f"expected a report of workers 1 to {len(self.links)}, found one of {message.worker}"
-            )
-        link = self.links[message.worker - 1]
-        match message:
-            case m.Ready():
-                link.ready(message)
-            case m.Started():
-                link.started = True
-            case m.Prepared():
-                link.prepared.add(message.layout)
-            case m.Counts():
-                link.counts = message
-            case m.Failed():
-                self._lose(link, f"{message.kind}: {message.text}", message)
-        with self._changed:
-            self._changed.notify_all()
-
     def _start(self, link: Link) -> None:
         index = getattr(self.device, "index", 0)
         threads = max(1, available_cores() // (len(self.links) + 1))
@@ -326,61 +242,11 @@ class Coordinator:
         kind = self.device.kind
         link.send(m.Start(m.PROTOCOL, kind, index, counters, link.submitted, link.done, threads, ring))
 
-    def _settle(self) -> None:
-        if not any(link.tasks for link in self.links):
-            return
-        counters = self.device.read_counters()
-        if counters is not None:
-            for link in self.links:
-                if link.lost is None:
-                    link.settle(counters[link.done])
-
-    def _examine(self, link: Link) -> None:
-        if link.lost is not None:
-            return
-        if link.exited():
-            self._lose(link, f"process {link.pid} ended", None)
-        elif link.tasks and time.monotonic() - link.tasks[0].since > self.settings.timeout_s:
-            self._lose(link, f"no answer for {self.settings.timeout_s:g} s", None)
-            if link.pid is not None:
-                self._end_worker(link.pid)
-
-    def _lose(self, link: Link, reason: str, failure: m.Failed | None) -> None:
-        if link.lost is not None:
-            return
-        link.lost = reason  # without the lock, whose holder may be waiting for this very worker
-        self.epoch += 1
-        details = f"\n{failure.traceback}" if failure is not None else ""
-        log.say(f"worker {link.index} is out: {reason}; the run goes on without it{details}")
-        if self.settings.strict:
-            self._error = as_lead_error(link.index, reason, failure)
-        with self._changed:
-            self._changed.notify_all()
-
     # ---- the end
 
     def close(self) -> None:
         """Stop the workers and the thread; the workers unmap before the memory goes."""
-        self._closing = True
-        self._thread.join(self.settings.timeout_s)
+        self._watcher.stop()
         for link in self.links:
             link.stop()
         self._channel.close()
-
-
-def _seek(generator: torch.Generator, offset: int) -> None:
-    generator.set_offset(offset)
-
-
-def as_lead_error(worker: int, reason: str, failure: m.Failed | None) -> Exception:
-    """A worker's exception as one of the lead: the same type where it is a builtin or torch's, with its traceback."""
-    if failure is None:
-        return WorkerError(f"worker {worker} is out: {reason}")
-    text = f"{failure.text}\n\nin worker {worker}:\n{failure.traceback}"
-    kind = getattr(builtins, failure.kind, None) or getattr(torch, failure.kind, None)
-    if isinstance(kind, type) and issubclass(kind, Exception):
-        try:
-            return kind(text)
-        except TypeError:  # a type that wants more than a text
-            return WorkerError(f"{failure.kind}: {text}")
-    return WorkerError(f"{failure.kind}: {text}")

@@ -9,15 +9,19 @@ first, so that backward runs Join, then the lead's own branches, then Fork.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mpsrun import log
 from mpsrun.device.arena import Room
+from mpsrun.errors import NotShippable
 from mpsrun.graph.program import Program, build
 from mpsrun.graph.state import applied
+from mpsrun.run import philox
 from mpsrun.run import state as modes
 from mpsrun.run.executor import copy_all
 from mpsrun.run.layout import Gradients
@@ -45,7 +49,7 @@ class Share:
     outputs: range
     spans: tuple[int, ...] = ()
     pointers: list[int] | None = None
-    statics: dict[int, torch.Tensor] | None = None
+    statics: dict[int, weakref.ref[torch.Tensor]] = field(default_factory=dict)
 
     @property
     def static_inputs(self) -> list[int]:
@@ -206,6 +210,14 @@ class Invocation:
 
 
 @dataclass(eq=False)
+class _Here:
+    """An execution in the lead."""
+
+    outputs: tuple[torch.Tensor, ...]
+    random_start: int
+
+
+@dataclass(eq=False)
 class _Backward:
     """A backward under way: its slot, who does what, and the numbers to wait for."""
 
@@ -219,8 +231,14 @@ class _Backward:
         return [] if self.done else list(zip(self.counters, self.sequence, strict=True))
 
 
-def fork(crossing: Crossing, args: tuple[Any, ...]) -> tuple[Invocation, torch.Tensor | None]:
+def fork(crossing: Crossing, args: tuple[Any, ...]) -> tuple[Invocation | _Here, torch.Tensor | None]:
     """Send a region's arguments to the workers, which start; the token ties Join to this Fork in autograd."""
+    try:
+        with crossing.owner.lock:
+            crossing.owner.bind(crossing, args)
+    except NotShippable as error:  # the script's memory moved to where no worker can follow
+        log.detail(f"a region runs in the lead: {error}")
+        return _compute_here(crossing, args), None
     invocation = Invocation(crossing, args)
     if not crossing.grad:
         with torch.no_grad():
@@ -229,9 +247,11 @@ def fork(crossing: Crossing, args: tuple[Any, ...]) -> tuple[Invocation, torch.T
     return invocation, _Fork.apply(invocation, *(args[i] for i in crossing.wanted))
 
 
-def join(handle: tuple[Invocation, torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
+def join(handle: tuple[Invocation | _Here, torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
     """The workers' outputs, once they are there."""
     invocation, token = handle
+    if isinstance(invocation, _Here):
+        return invocation.outputs
     if token is not None:
         return _Join.apply(token, invocation)
     with torch.no_grad():
@@ -240,16 +260,25 @@ def join(handle: tuple[Invocation, torch.Tensor | None]) -> tuple[torch.Tensor, 
     return outputs
 
 
+def _compute_here(crossing: Crossing, args: tuple[Any, ...]) -> _Here:
+    """What the workers would have computed, as plain PyTorch does it."""
+    rngs, start = philox.reserve(crossing)
+    outputs: list[torch.Tensor] = []
+    for share, rng in zip(crossing.shares, rngs, strict=True):
+        with philox.replayed(rng) as seek:
+            outputs += build(share.program, seek=seek)(*(args[i] for i in share.args))
+    return _Here(tuple(outputs), start)
+
+
 def _publish(invocation: Invocation, args: Sequence[Any]) -> None:
     crossing, owner = invocation.crossing, invocation.crossing.owner
     with owner.lock:
         owner.check()
-        owner.bind(crossing, args)
         invocation.room = owner.take(crossing.forward_bytes)
         targets = crossing.tensors(invocation.room, "inputs")
         copy_all(targets, [args[place.index].detach() for place in crossing.inputs])
         slot = m.Slot(invocation.room.chunk.id, invocation.room.offset_bytes)
-        rngs, invocation.random_start = owner.reserve_random(crossing)
+        rngs, invocation.random_start = philox.reserve(crossing)
         invocation.sequence = owner.submit(crossing.shares, crossing.submitted)
         flags = owner.flags()
         for share, seq, rng in zip(crossing.shares, invocation.sequence, rngs, strict=True):
@@ -393,14 +422,13 @@ def _recompute(invocation: Invocation) -> list[torch.Tensor | None]:
     found: dict[int, torch.Tensor] = {}
     for share in crossing.shares:
         message = invocation.forwards[share.job]
-        pairs = _plain_gradients(crossing, share, args, gradients, message)
+        pairs = _plain_gradients(share, args, gradients, message)
         for arg, gradient in pairs:
             found[arg] = gradient if arg not in found else found[arg] + gradient
     return [found.get(arg) for arg in crossing.wanted]
 
 
 def _plain_gradients(
-    crossing: Crossing,
     share: Share,
     args: Sequence[Any],
     gradients: Sequence[torch.Tensor | None],
@@ -412,7 +440,7 @@ def _plain_gradients(
     values = [args[arg] for arg in share.args]
     for index in share.program.writes:
         values[index] = values[index].clone()
-    with crossing.owner.random_replayed(message.rng) as seek, applied(message.state):
+    with philox.replayed(message.rng) as seek, applied(message.state):
         outputs = build(share.program, seek=seek)(*values)
     reached = share.gradients.reached(present)
     results = torch.autograd.grad(

@@ -29,6 +29,10 @@ class Task(NamedTuple):
     since: float
 
 
+def _reached(counter: int, value: int) -> bool:
+    return (counter - value) & SEQUENCE_MASK < SEQUENCE_MASK // 2
+
+
 class Link:
     """One worker. Sends are ordered by the caller's lock.
 
@@ -49,6 +53,7 @@ class Link:
         self._flags: m.Flags | None = None
         self._mapped: set[int] = set()
         self._pidfd: int | None = None
+        self._moved_s = 0.0
 
     def ready(self, message: m.Ready) -> None:
         """The worker is there. Raises where it speaks another protocol or is gone already."""
@@ -101,10 +106,24 @@ class Link:
                 self._mapped.add(chunk)
                 self.send(m.Map(handle))
 
-    def settle(self, done: int) -> None:
-        """Forget the tasks up to sequence number `done`."""
-        while self.tasks and (done - self.tasks[0].seq) & SEQUENCE_MASK < SEQUENCE_MASK // 2:
+    def settle(self, done: int, submitted: int | None = None) -> None:
+        """Forget the tasks up to sequence number `done`.
+
+        The clock of the next one starts again where the worker got on, or where the lead's own stream has not come to
+        releasing it yet (it has come to `submitted`).
+        """
+        before = len(self.tasks)
+        while self.tasks and _reached(done, self.tasks[0].seq):
             self.tasks.popleft()
+        held = submitted is not None and self.tasks and not _reached(submitted, self.tasks[0].seq)
+        if len(self.tasks) < before or held:
+            self._moved_s = time.monotonic()
+
+    def stalled_s(self) -> float:
+        """For how many seconds the worker has owed the same task."""
+        if not self.tasks:
+            return 0.0
+        return time.monotonic() - max(self.tasks[0].since, self._moved_s)
 
     def forget(self, layouts: list[int], jobs: list[int]) -> None:
         """Have the worker drop what will not be used again."""

@@ -14,6 +14,7 @@ from mpsrun.errors import NotShippable
 from mpsrun.graph.effects import Effects
 from mpsrun.graph.regions import Region
 from mpsrun.graph.state import State, applied, is_state_node
+from mpsrun.run import philox
 from mpsrun.run.crossing import Crossing, fork, join
 from mpsrun.run.specialize import Cut
 
@@ -24,6 +25,7 @@ class Lowered:
 
     region: Region
     cut: Cut
+    lanes: tuple[int, ...]
 
     @property
     def crossings(self) -> list[Crossing]:
@@ -89,6 +91,7 @@ class _Emitter:
         self._graph = fx.Graph()
         self._values: dict[fx.Node, fx.Node] = {}
         self._state: State | None = None
+        self._handles: list[fx.Node] = []
 
     def emit(self, source: fx.Graph) -> fx.Graph:
         body = []
@@ -99,6 +102,8 @@ class _Emitter:
                 body.append(node)
         self._emit_group(body, self._regions)
         self._set_state(None)
+        # Outputs are read where they stand in their slots: no slot may be free before the last op is submitted.
+        self._graph.call_function(_named("release", _release), tuple(self._handles))
         self._copy(source.output_node())
         return self._graph
 
@@ -156,6 +161,7 @@ class _Emitter:
         for strand in strands:
             args = tuple(self._values[node] for node in strand.args)
             handles.append(self._graph.call_function(_forking(f"fork_{number}", strand.crossing), args))
+        self._handles += handles
         first = _Handle(strands[0].crossing, handles[0], lowered.cut.random)
         self._emit_group(lowered.cut.own, regions, first)
         self._set_state(None)
@@ -170,10 +176,10 @@ class _Emitter:
         if handle is None or start is None or not handle.crossing.random_total:
             self._copy(node)
             return
-        owner, total = handle.crossing.owner, handle.crossing.random_total
-        self._graph.call_function(_named("seek", owner.seek), (handle.node, start))
+        total = handle.crossing.random_total
+        self._graph.call_function(_named("seek", philox.seek), (handle.node, start))
         self._copy(node)
-        self._graph.call_function(_named("seek", owner.seek), (handle.node, total))
+        self._graph.call_function(_named("seek", philox.seek), (handle.node, total))
 
     def _copy(self, node: fx.Node) -> None:
         self._values[node] = self._graph.node_copy(node, lambda source: self._values[source])
@@ -195,6 +201,10 @@ class _Handle:
     crossing: Crossing
     node: fx.Node
     random: Mapping[fx.Node, int]
+
+
+def _release(*handles: object) -> None:
+    """Keeps what it is given alive until it is called."""
 
 
 def _item(values: Sequence[torch.Tensor], index: int) -> torch.Tensor:

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 Path = tuple[str, ...]
 
 # Dynamo writes a module's path as the Python expression that leads to it: L['self'].features[0], or with getattr.
+_ROOT = re.compile(r"[LG]\['\w+'\]")
 _WORD = re.compile(r"\w+")
-_NOT_IN_PATH = frozenset({"L", "G", "self", "getattr", "_modules"})
+_NOT_IN_PATH = frozenset({"getattr", "_modules"})
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def _modules(node: fx.Node) -> list[tuple[Path, str]]:
 
 
 def _words(expression: str) -> Path:
-    return tuple(word for word in _WORD.findall(expression) if word not in _NOT_IN_PATH)
+    return tuple(word for word in _WORD.findall(_ROOT.sub("", expression)) if word not in _NOT_IN_PATH)
 
 
 def _shared(paths: Sequence[Path]) -> Path:

@@ -20,19 +20,20 @@ if TYPE_CHECKING:
 CAPTION = "times each branch ran; the lead does not count its own backward"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class RegionReport:
-    """A region on its lanes.
+    """A region on its lanes, for one set of sizes and modes.
 
     name: the module around it and its path, or the user's line. lanes: by branch, 0 for the lead or the number of a
-    worker. branches: by branch, the path of its module below the region's. jobs: by branch, the
-    job that it is part of, 0 in the lead.
+    worker. branches: by branch, the path of its module below the region's. jobs: by branch, the job that it is part
+    of, 0 in the lead. calls: how often it ran on these lanes.
     """
 
     name: names.RegionName
     lanes: tuple[int, ...]
     branches: tuple[str, ...]
     jobs: tuple[int, ...]
+    calls: int = 0
 
 
 @dataclass
@@ -57,8 +58,16 @@ class Graph:
     def decline(self, region: Region, reason: str) -> None:
         self.refuse(f"a region of {len(region.branches)} branches stays in the lead: {reason}", region.where)
 
-    def accept(self, region: Region, lanes: tuple[int, ...], jobs: tuple[int, ...]) -> None:
+    def accept(self, region: Region, lanes: tuple[int, ...], jobs: tuple[int, ...]) -> RegionReport:
+        """A region runs on these lanes from now on."""
         self.regions.append(RegionReport(names.region(region), lanes, names.branches(region), jobs))
+        return self.regions[-1]
+
+    def called(self, regions: Sequence[RegionReport]) -> None:
+        """The graph ran once, with these regions on their lanes."""
+        self.calls += 1
+        for region in regions:
+            region.calls += 1
 
     def _refuse(self, text: str) -> None:
         if text not in self.refusals:
@@ -76,8 +85,8 @@ def print_table(counts: Mapping[int, Counts]) -> None:
     """
     table = Table("region", "branch", "ran in", "forward", "backward", title="branches", caption=CAPTION)
     for graph in graphs:
-        for alike in _fold(graph.regions) if graph.calls else ():
-            for row in _rows(graph, alike, counts):
+        for alike in _fold([region for region in graph.regions if region.calls]):
+            for row in _rows(alike, counts):
                 table.add_row(*row)
             table.add_section()
     if table.row_count:
@@ -92,7 +101,7 @@ def _fold(regions: Sequence[RegionReport]) -> list[list[RegionReport]]:
 
 
 def _rows(
-    graph: Graph, alike: Sequence[RegionReport], counts: Mapping[int, Counts]
+    alike: Sequence[RegionReport], counts: Mapping[int, Counts]
 ) -> Iterator[tuple[str, str, str, str, str]]:
     first = alike[0]
     labels = names.fold([region.name for region in alike])
@@ -101,7 +110,7 @@ def _rows(
         jobs = [region.jobs[i] for region in alike]
         told = counts.get(lane)
         if lane == 0:
-            yield label, branch, "lead", _times([graph.calls for _ in alike]), ""
+            yield label, branch, "lead", _times([region.calls for region in alike]), ""
         elif told is None:  # a worker that was lost takes its counts along
             yield label, branch, f"worker {lane}", "?", "?"
         else:

@@ -22,6 +22,10 @@ from mpsrun.run.layout import Gradients, Packer, TensorMeta, contiguous_stride, 
 from mpsrun.wire import messages as m
 
 _numbers = itertools.count(1)
+# Ops that share a tensor's memory but not its autograd history: autograd may save the result for much longer.
+DETACHING = frozenset(
+    {"detach", "detach_", torch.detach, getattr(torch._C._autograd, "_get_data_attr", None)}
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,8 @@ class Cutter:
         self._coordinator = coordinator
         self._effects = effects
         facts = effects.facts
-        self._visible = frozenset().union(*(facts[node].outputs for node in returned))
+        cut_off = [node for node in effects.order if node.op.startswith("call") and node.target in DETACHING]
+        self._visible = frozenset().union(*(facts[node].outputs for node in (*returned, *cut_off)))
         self._ends: dict[fx.Node, set[int]] = {}  # by node, the graph's outputs that depend on it
         for number, node in enumerate(returned):
             self._mark(node, number)
@@ -180,7 +185,11 @@ class Cutter:
             inputs=tuple(places.values()),
             outputs=tuple(outputs),
             differentiable=tuple(d for part in parts for d in part.gradients.differentiable),
-            escapes=tuple(self._escapes(node) for part in parts for node in part.outputs),
+            escapes=tuple(
+                self._escapes(node) or (grad and not differentiable)
+                for part in parts
+                for node, differentiable in zip(part.outputs, part.gradients.differentiable, strict=True)
+            ),
             saved=tuple(
                 sorted(
                     {part.args[i] for part in parts for i in part.gradients.saved - {*part.program.writes}}
@@ -229,6 +238,7 @@ class Cutter:
         return Share(link, layout.job, part.program, layout, part.args, part.gradients, span)
 
     def _escapes(self, node: fx.Node) -> bool:
+        """Whether a value may be read after the graph's end other than through autograd edges that lead to its Join."""
         return bool(self._effects.facts[node].outputs & self._visible)
 
 

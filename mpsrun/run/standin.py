@@ -66,8 +66,11 @@ class StandIn:
         if share.job not in self._executor.jobs:
             self._executor.load(share.job, share.program)
         self._executor.layouts[share.layout.layout] = share.layout
-        if share.statics is None:
-            raise MpsrunError("a task without its parameters")
         wants = {place.index for place in share.layout.grad_inputs}
-        bound = {i: t.detach().requires_grad_(i in wants) for i, t in share.statics.items()}
+        bound = {}
+        for i, reference in share.statics.items():
+            tensor = reference()
+            if tensor is None:
+                raise MpsrunError("expected the parameters of a step that is under way, found them gone")
+            bound[i] = tensor.detach().requires_grad_(i in wants)
         self._executor.jobs[share.job].bind(bound)

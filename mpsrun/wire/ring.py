@@ -17,6 +17,7 @@ import threading
 import time
 import weakref
 
+from mpsrun.device.cpu import open_memfd
 from mpsrun.device.futex import Futex
 from mpsrun.errors import MpsrunError
 
@@ -50,11 +51,7 @@ class Ring:
 
     @classmethod
     def open(cls, path: str) -> Ring:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            return cls(mmap.mmap(fd, _DATA + CAPACITY_BYTES), path)
-        finally:
-            os.close(fd)
+        return cls(open_memfd(path, _DATA + CAPACITY_BYTES), path)
 
     def write(self, message: bytes, timeout_s: float) -> None:
         """Append a message; empty stands for one on the socket. Waits for room only where the reader is far behind."""

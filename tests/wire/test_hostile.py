@@ -18,10 +18,11 @@ from torch import nn
 from transparency import TOLERANCE, on_lanes
 
 from mpsrun.config import Config
-from mpsrun.device import ChunkHandle, TensorRef
+from mpsrun.device import ChunkHandle, CpuDevice, TensorRef
 from mpsrun.errors import MpsrunError
 from mpsrun.graph.program import Input, Op, Program, Ref
 from mpsrun.run.coordinator import Coordinator
+from mpsrun.run.worker import Worker
 from mpsrun.wire import codec
 from mpsrun.wire import messages as m
 from mpsrun.wire.ring import CAPACITY_BYTES, Ring
@@ -70,12 +71,12 @@ NO_MESSAGE = {
     "unknown type": tagged(type="Exec", command="id"),
     "no type": tagged(seq=1),
     "wrong types": tagged(type="Unmap", chunks="all"),
-    "number out of range": tagged(type="Unmap", chunks=[1 << 63]),
+    "number out of range": tagged(type="Prepare", layout=-1.5),
     "a report": codec.encode(m.Started(1)),
     "missing fields": tagged(type="Forward", seq=1),
 }
 HOSTILE: dict[str, m.ToWorker] = {
-    "map of a file": m.Map(ChunkHandle(10**6, 4096, b"/etc/passwd")),
+    "map of a file": m.Map(ChunkHandle(10**6, 4096, __file__.encode())),
     "map of more than there is": m.Map(ChunkHandle(10**6, 1 << 40, b"/proc/self/fd/0")),
     "map of nothing": m.Map(ChunkHandle(10**6, 0, b"")),
     "negative size": m.Map(ChunkHandle(10**6, -1, b"/dev/zero")),
@@ -95,6 +96,10 @@ HOSTILE: dict[str, m.ToWorker] = {
         m.PROTOCOL + 1, "cpu", 0, ChunkHandle(0, 4096, b"/dev/zero"), 0, 1, 1, "/dev/zero"
     ),
 }
+
+
+# These are also sent to a process; the rest are handled in this one.
+SENT = ("map of a file", "op that is not on the list", "binding outside a chunk", "second start")
 
 
 @pytest.mark.parametrize("name", NO_MESSAGE)
@@ -131,6 +136,25 @@ def test_mutated_messages() -> None:
         assert isinstance(message, m.ToWorker)
 
 
+@pytest.mark.parametrize("name", HOSTILE)
+def test_refused_by_a_worker(name: str) -> None:
+    """What can be read and must not be done raises, before any of it is done."""
+    worker = Worker(1, Silent())  # type: ignore[arg-type]
+    lead = CpuDevice()
+    counters = lead.new_chunk(4096)
+    worker._handle(m.Start(m.PROTOCOL, "cpu", 0, counters.handle, 0, 1, 1, ""))
+    worker._handle(m.Load(1, program("torch.add", Ref(0), Ref(0))))
+    with pytest.raises((MpsrunError, ValueError, KeyError, OSError, OverflowError)):
+        worker._handle(HOSTILE[name])
+
+
+class Silent:
+    """A channel that nobody listens to."""
+
+    def send(self, message: m.ToLead) -> None:
+        """Forget it."""
+
+
 class TestRing:
     def test_order_and_wrapping(self) -> None:
         writer = Ring.create()
@@ -151,9 +175,10 @@ class TestRing:
     def test_full(self) -> None:
         """Nobody reads: the writer has a deadline."""
         ring = Ring.create()
+        for _ in range(4):
+            ring.write(bytes(CAPACITY_BYTES // 5), 0.05)
         with pytest.raises(MpsrunError, match="has not read"):
-            for _ in range(10):
-                ring.write(bytes(CAPACITY_BYTES // 5), 0.05)
+            ring.write(bytes(CAPACITY_BYTES // 5), 0.05)
 
     def test_length_that_is_none(self) -> None:
         ring = Ring.create()
@@ -179,8 +204,8 @@ class TestRing:
 
 @pytest.fixture(scope="class")
 def expendable() -> Iterator[Coordinator]:
-    """A worker for each message, since what a worker cannot read ends its work."""
-    with pool.running(Config(workers=len(HOSTILE) + 4, lanes="workers", timeout_s=20.0)) as coordinator:
+    """A worker for each message: one that is refused ends the worker's work."""
+    with pool.running(Config(workers=len(SENT) + 3, lanes="workers", timeout_s=20.0)) as coordinator:
         yield coordinator
 
 
@@ -197,11 +222,12 @@ class TestWorkers:
             assert address.startswith("ipc://")
             assert stat.S_ISSOCK(Path(address.removeprefix("ipc://")).stat().st_mode)
 
-    @pytest.mark.parametrize("name", HOSTILE)
+    @pytest.mark.parametrize("name", SENT)
     def test_message(self, expendable: Coordinator, name: str, capfd: Any) -> None:
         pair = Pair(expendable)
         with expendable.lock:
             expendable.links[pair.victim - 1].send(HOSTILE[name])
+            expendable.links[pair.victim - 1].send(m.Count())
         pair.assert_same()
         pool.wait_until(lambda: pair.victim not in expendable.usable())
         assert f"worker {pair.victim} is out" in capfd.readouterr().err

@@ -1,0 +1,182 @@
+"""The watching thread of the lead: hears the workers, notices those that are lost, and has their work finished."""
+
+from __future__ import annotations
+
+import builtins
+import threading
+from collections.abc import Callable, Sequence
+
+import torch
+
+from mpsrun import log
+from mpsrun.config import Config
+from mpsrun.device import Device
+from mpsrun.errors import MpsrunError, WorkerError
+from mpsrun.run.link import Link, Task
+from mpsrun.run.standin import StandIn
+from mpsrun.wire import messages as m
+from mpsrun.wire.channel import LeadChannel
+
+POLL_S = 0.05
+
+
+class Watcher:
+    """Ends every wait: whoever waits for a worker waits for its counter, which somebody sets in any case.
+
+    end_worker: ends a process and returns when it is gone. when_started: called once, in a thread of its own, when all
+    workers are there or lost. `changed` is notified after each report. `epoch` counts the workers lost so far.
+    """
+
+    def __init__(
+        self,
+        settings: Config,
+        device: Device,
+        channel: LeadChannel,
+        links: Sequence[Link],
+        standin: StandIn,
+        end_worker: Callable[[int], None],
+        when_started: Callable[[], None],
+    ) -> None:
+        self.changed = threading.Condition()
+        self.epoch = 0
+        self._settings = settings
+        self._device = device
+        self._channel = channel
+        self._links = links
+        self._standin = standin
+        self._end_worker = end_worker
+        self._when_started: Callable[[], None] | None = when_started
+        self._error: Exception | None = None
+        self._failures: dict[tuple[int, int], Exception] = {}
+        self._closing = False
+        self._thread = threading.Thread(target=self._watch, name="mpsrun-watcher", daemon=True)
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; returns when it has ended."""
+        self._closing = True
+        self._thread.join(self._settings.timeout_s)
+
+    def fail(self, error: Exception) -> None:
+        """Have the lead raise this at its next crossing."""
+        self._error = error
+
+    def check(self) -> None:
+        """Raise what could not be raised where it happened: a lost worker under --strict, a failure on a GPU."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def take_failures(self, pairs: Sequence[tuple[int, int]]) -> list[Exception]:
+        """What the work behind these (counter, value) pairs raised, in the worker and in its stand-in."""
+        found = [self._failures.pop(pair, None) for pair in pairs]
+        return [error for error in found if error is not None]
+
+    def _watch(self) -> None:
+        if self._device.kind == "cuda":
+            torch.cuda.set_device(self._device.index)  # type: ignore[attr-defined]
+        while not self._closing:
+            try:
+                self._look()
+            except MpsrunError as error:  # bytes that are no report
+                log.say(f"refused: {error}")
+            except Exception as error:  # noqa: BLE001 - the thread that ends every wait must not end itself
+                self.fail(MpsrunError(f"mpsrun's watching thread failed: {error!r}"))
+
+    def _look(self) -> None:
+        message = self._channel.receive(POLL_S)
+        while message is not None:
+            self._hear(message)
+            message = self._channel.receive(0)
+        self._settle()
+        if self._when_started is not None and all(link.started or link.lost for link in self._links):
+            threading.Thread(target=self._when_started, daemon=True).start()
+            self._when_started = None
+        for link in self._links:
+            self._examine(link)
+            if link.lost is not None and link.tasks:
+                self._finish(link)
+
+    def _hear(self, message: m.ToLead) -> None:
+        count = len(self._links)
+        if not 1 <= message.worker <= count:
+            raise MpsrunError(f"expected a report of workers 1 to {count}, found one of {message.worker}")
+        link = self._links[message.worker - 1]
+        match message:
+            case m.Ready():
+                link.ready(message)
+            case m.Started():
+                link.started = True
+            case m.Prepared():
+                link.prepared.add(message.layout)
+            case m.Counts():
+                link.counts = message
+            case m.Failed():
+                self._lose(link, f"{message.kind}: {message.text}", message)
+        with self.changed:
+            self.changed.notify_all()
+
+    def _settle(self) -> None:
+        """Forget the tasks that are done, and restart the clocks of workers that got on or may not start yet."""
+        if not any(link.tasks for link in self._links):
+            return
+        counters = self._device.read_counters()
+        if counters is None:
+            return
+        for link in self._links:
+            if link.lost is None:
+                submitted = None if self._device.kind == "cpu" else counters[link.submitted]
+                link.settle(counters[link.done], submitted)
+
+    def _examine(self, link: Link) -> None:
+        if link.lost is not None:
+            return
+        if link.exited():
+            self._lose(link, f"process {link.pid} ended", None)
+        elif link.stalled_s() > self._settings.timeout_s:
+            self._lose(link, f"no answer for {self._settings.timeout_s:g} s", None)
+            if link.pid is not None:
+                self._end_worker(link.pid)
+
+    def _lose(self, link: Link, reason: str, failure: m.Failed | None) -> None:
+        if link.lost is not None:
+            return
+        link.lost = reason  # without the coordinator's lock, whose holder may be waiting for this very worker
+        self.epoch += 1
+        details = f"\n{failure.traceback}" if failure is not None else ""
+        log.say(f"worker {link.index} is out: {reason}; the run goes on without it{details}")
+        if self._settings.strict:
+            self.fail(as_lead_error(link.index, reason, failure))
+        with self.changed:
+            self.changed.notify_all()
+
+    def _finish(self, link: Link) -> None:
+        """Have the stand-in do what a lost worker owes; what it had done before must not be done again."""
+        counters = self._device.read_counters(wait=True)
+        if counters is not None:
+            link.settle(counters[link.done])
+        self._standin.finish(link, self._fail_task)
+
+    def _fail_task(self, link: Link, task: Task, error: Exception) -> None:
+        """Have whoever waits for this task raise; on a GPU nobody does, so that the next crossing raises."""
+        if self._device.kind == "cpu":
+            self._failures[link.done, task.seq] = error
+        else:
+            self.fail(error)
+
+
+def as_lead_error(worker: int, reason: str, failure: m.Failed | None) -> Exception:
+    """A worker's exception as one of the lead: the same type where it is a builtin or torch's, with its traceback."""
+    if failure is None:
+        return WorkerError(f"worker {worker} is out: {reason}")
+    text = f"{failure.text}\n\nin worker {worker}:\n{failure.traceback}"
+    kind = getattr(builtins, failure.kind, None) or getattr(torch, failure.kind, None)
+    if isinstance(kind, type) and issubclass(kind, Exception):
+        try:
+            return kind(text)
+        except TypeError:  # a type that wants more than a text
+            return WorkerError(f"{failure.kind}: {text}")
+    return WorkerError(f"{failure.kind}: {text}")
