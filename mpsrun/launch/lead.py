@@ -29,9 +29,9 @@ def _watch_for_networks(ours: Config) -> None:
     if ours.capture == "off":
         return
     try:
-        from mpsrun.run import discover
+        from mpsrun.run.discover import install
 
-        discover.install()
+        install()
     except Exception as error:
         if ours.strict:
             raise

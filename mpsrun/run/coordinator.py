@@ -135,7 +135,7 @@ class Coordinator:
     def bind(self, crossing: Crossing, args: Sequence[Any]) -> None:
         """Make sure that the workers see the parameters and buffers where they are now."""
         for share in crossing.shares:
-            tensors = [args[share.args[i]] for i in share.static_inputs]
+            tensors = [args[i] for i in share.static_args]
             if [tensor.data_ptr() for tensor in tensors] != share.pointers:
                 self._bind(share, tensors)
 

@@ -15,7 +15,8 @@ from mpsrun.graph.effects import Effects
 from mpsrun.graph.regions import Region
 from mpsrun.graph.state import State, applied, is_state_node
 from mpsrun.run import philox
-from mpsrun.run.crossing import Crossing, fork, join
+from mpsrun.run.crossing import Crossing
+from mpsrun.run.forkjoin import fork, join
 from mpsrun.run.specialize import Cut
 
 

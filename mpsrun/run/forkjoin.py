@@ -1,0 +1,255 @@
+"""Fork and Join: a region's way to the workers and back, as autograd Functions.
+
+    Fork(inputs, worker parameters) -> token     forward: publish the inputs; backward: wait, return their gradients
+    Join(token) -> worker outputs                forward: wait, take; backward: publish the outputs' gradients
+
+The lead's own branches take the inputs directly, and run between the two. Autograd executes what was recorded last
+first, so that backward runs Join, then the lead's own branches, then Fork.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mpsrun import log
+from mpsrun.errors import NotShippable
+from mpsrun.graph.program import build
+from mpsrun.graph.state import applied
+from mpsrun.run import philox
+from mpsrun.run.crossing import BackwardWork, Crossing, Invocation, Share
+from mpsrun.run.executor import copy_all
+from mpsrun.wire import messages as m
+
+
+@dataclass(eq=False)
+class _Here:
+    """An execution in the lead."""
+
+    outputs: tuple[torch.Tensor, ...]
+    random_start: int
+
+
+def fork(crossing: Crossing, args: tuple[Any, ...]) -> tuple[Invocation | _Here, torch.Tensor | None]:
+    """Send a region's arguments to the workers, which start; the token ties Join to this Fork in autograd."""
+    try:
+        with crossing.owner.lock:
+            crossing.owner.bind(crossing, args)
+    except NotShippable as error:  # the script's memory moved to where no worker can follow
+        log.detail(f"a region runs in the lead: {error}")
+        return _compute_here(crossing, args), None
+    invocation = Invocation(crossing, args)
+    if not crossing.grad:
+        with torch.no_grad():
+            _publish(invocation, args)
+        return invocation, None
+    return invocation, _Fork.apply(invocation, *(args[i] for i in crossing.wanted))
+
+
+def join(handle: tuple[Invocation | _Here, torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
+    """The workers' outputs, once they are there."""
+    invocation, token = handle
+    if isinstance(invocation, _Here):
+        return invocation.outputs
+    if token is not None:
+        return _Join.apply(token, invocation)
+    with torch.no_grad():
+        outputs = _take(invocation)
+    invocation.args = None
+    return outputs
+
+
+def _compute_here(crossing: Crossing, args: tuple[Any, ...]) -> _Here:
+    """What the workers would have computed, as plain PyTorch does it."""
+    rngs, start = philox.reserve(crossing)
+    outputs: list[torch.Tensor] = []
+    for share, rng in zip(crossing.shares, rngs, strict=True):
+        with philox.replayed(rng) as seek:
+            outputs += build(share.program, seek=seek)(*(args[i] for i in share.args))
+    return _Here(tuple(outputs), start)
+
+
+def _publish(invocation: Invocation, args: Sequence[Any]) -> None:
+    crossing, owner = invocation.crossing, invocation.crossing.owner
+    with owner.lock:
+        owner.check()
+        invocation.room = owner.take(crossing.forward_bytes)
+        targets = crossing.tensors(invocation.room, "inputs")
+        copy_all(targets, [args[place.index].detach() for place in crossing.inputs])
+        slot = m.Slot(invocation.room.chunk.id, invocation.room.offset_bytes)
+        rngs, invocation.random_start = philox.reserve(crossing)
+        invocation.sequence = owner.submit(crossing.shares, crossing.submitted)
+        flags = owner.flags()
+        for share, seq, rng in zip(crossing.shares, invocation.sequence, rngs, strict=True):
+            changed = share.link.changed_flags(flags)
+            message = m.Forward(seq, invocation.id, share.layout.layout, slot, invocation.state, changed, rng)
+            invocation.forwards[share.job] = message
+            share.link.hand_out(message, message, share)
+
+
+def _take(invocation: Invocation) -> tuple[torch.Tensor, ...]:
+    """Wait for the outputs, commit the buffers, and give each output a tensor of its own."""
+    crossing, owner = invocation.crossing, invocation.crossing.owner
+    room, args = invocation.room, invocation.args
+    if room is None or args is None:
+        raise RuntimeError("mpsrun: a Join without its Fork")
+    owner.wait(crossing.done, invocation.sequence)
+    invocation.joined = True
+    if crossing.writes:
+        fresh = crossing.tensors(room, "writes")
+        # A buffer that plain PyTorch writes behind autograd's back must not gain a version here either.
+        targets = [args[arg].data if hidden else args[arg] for arg, _, hidden in crossing.writes]
+        copy_all(targets, fresh)
+    views = crossing.tensors(room, "outputs")
+    outputs = [torch.empty_like(v) if e else v.detach() for v, e in zip(views, crossing.escapes, strict=True)]
+    escaping = [i for i, escapes in enumerate(crossing.escapes) if escapes]
+    copy_all([outputs[i] for i in escaping], [views[i] for i in escaping])
+    return tuple(outputs)
+
+
+class _Fork(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, invocation: Invocation, *wanted: torch.Tensor) -> torch.Tensor:
+        crossing, args = invocation.crossing, invocation.args
+        if args is None:
+            raise RuntimeError("mpsrun: an invocation that is over")
+        _publish(invocation, args)
+        ctx.invocation = invocation
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*(args[i] for i in crossing.saved))
+        return crossing.token.detach()
+
+    @staticmethod
+    def backward(ctx: Any, token: torch.Tensor | None) -> tuple[Any, ...]:
+        invocation: Invocation = ctx.invocation
+        _ = ctx.saved_tensors  # raises, as plain PyTorch does, where one was changed since forward
+        if invocation.gradients is not None:
+            gradients = _recompute(invocation)
+        elif invocation.backward is None:
+            gradients = [None] * len(invocation.crossing.wanted)
+        else:
+            gradients = _collect(invocation, invocation.backward)
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            invocation.args = None
+            invocation.release()
+        return None, *gradients
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token: torch.Tensor, invocation: Invocation) -> tuple[torch.Tensor, ...]:
+        ctx.invocation = invocation
+        ctx.set_materialize_grads(False)
+        outputs = _take(invocation)
+        flags = invocation.crossing.differentiable
+        ctx.mark_non_differentiable(*(o for o, d in zip(outputs, flags, strict=True) if not d))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
+        invocation: Invocation = ctx.invocation
+        if (
+            torch.is_grad_enabled()
+        ):  # create_graph: the region is recomputed in plain PyTorch when Fork's turn comes
+            invocation.gradients = gradients
+        else:
+            invocation.gradients = None
+            _publish_gradients(invocation, gradients)
+        return invocation.crossing.token, None
+
+
+def _publish_gradients(invocation: Invocation, gradients: Sequence[torch.Tensor | None]) -> None:
+    crossing, owner = invocation.crossing, invocation.crossing.owner
+    if invocation.room is None:
+        raise RuntimeError(
+            "Trying to backward through the graph a second time (or directly access saved tensors after they have "
+            "already been freed). Specify retain_graph=True if you need to backward through the graph a second time."
+        )
+    keep = bool(torch._C._autograd._get_current_graph_task_keep_graph())
+    gathering = crossing.gathering(tuple(gradient is not None for gradient in gradients))
+    with owner.lock:
+        invocation.release_backward()
+        room = owner.take(crossing.backward_bytes)
+        views = crossing.tensors(room, "grad_outputs")
+        copy_all([views[i] for i in gathering.outputs], [g for g in gradients if g is not None])
+        links = [share.link for share, _, _ in gathering.work]
+        sequence = owner.submit([share for share, _, _ in gathering.work], [link.submitted for link in links])
+        counters = tuple(link.done for link in links)
+        invocation.backward = BackwardWork(room, gathering, counters, sequence)
+        slot, flags = m.Slot(room.chunk.id, room.offset_bytes), owner.flags()
+        for (share, present, reached), seq in zip(gathering.work, sequence, strict=True):
+            changed = share.link.changed_flags(flags)
+            layout = share.layout.layout
+            message = m.Backward(seq, invocation.id, layout, slot, present, reached, keep, changed)
+            share.link.hand_out(message, invocation.forwards[share.job], share)
+
+
+def _collect(invocation: Invocation, backward: BackwardWork) -> list[torch.Tensor | None]:
+    """The gradients of everything that Fork took, in memory that may be kept."""
+    crossing = invocation.crossing
+    crossing.owner.wait(backward.counters, backward.sequence)
+    backward.done = True
+    found: dict[int, torch.Tensor] = {}
+    singles = crossing.tensors(backward.room, "singles")
+    for arg, parts in backward.gathering.singles:
+        found[arg] = _sum([singles[k] for k in parts])
+    wholes = crossing.tensors(backward.room, "flats")
+    for flat, whole, wanted in zip(crossing.flats, wholes, backward.gathering.flats, strict=True):
+        parts = torch._utils._unflatten_dense_tensors(whole.clone(), flat.like)
+        for k, arg in wanted:
+            found[arg] = found[arg].add_(parts[k]) if arg in found else parts[k]
+    invocation.release_backward()
+    return [found.get(arg) for arg in crossing.wanted]
+
+
+def _sum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A sum in fresh memory, from left to right."""
+    if len(tensors) == 1:
+        return tensors[0].clone()
+    total = torch.add(tensors[0], tensors[1])
+    for tensor in tensors[2:]:
+        total.add_(tensor)
+    return total
+
+
+def _recompute(invocation: Invocation) -> list[torch.Tensor | None]:
+    """Gradients that can be differentiated again: the shares are computed by the lead, as plain PyTorch would."""
+    crossing, args = invocation.crossing, invocation.args
+    gradients, invocation.gradients = invocation.gradients, None
+    if gradients is None or args is None:
+        raise RuntimeError("mpsrun: a Fork without the gradients of its Join")
+    found: dict[int, torch.Tensor] = {}
+    for share in crossing.shares:
+        message = invocation.forwards[share.job]
+        pairs = _plain_gradients(share, args, gradients, message)
+        for arg, gradient in pairs:
+            found[arg] = gradient if arg not in found else found[arg] + gradient
+    return [found.get(arg) for arg in crossing.wanted]
+
+
+def _plain_gradients(
+    share: Share,
+    args: Sequence[Any],
+    gradients: Sequence[torch.Tensor | None],
+    message: m.Forward,
+) -> list[tuple[int, torch.Tensor]]:
+    present = [i for i, o in enumerate(share.outputs) if gradients[o] is not None]
+    if not present:
+        return []
+    values = [args[arg] for arg in share.args]
+    for index in share.program.writes:
+        values[index] = values[index].clone()
+    with philox.replayed(message.rng) as seek, applied(message.state):
+        outputs = build(share.program, seek=seek)(*values)
+    reached = share.gradients.reached(present)
+    results = torch.autograd.grad(
+        [outputs[i] for i in present],
+        [values[i] for i in reached],
+        [gradients[share.outputs[i]] for i in present],
+        create_graph=True,
+        allow_unused=True,
+    )
+    return [(share.args[i], g) for i, g in zip(reached, results, strict=True) if g is not None]
