@@ -83,12 +83,12 @@ class Arena:
         return room
 
     def close(self) -> None:
-        """Free every chunk; the processes that mapped them must have closed them before (CUDA IPC asks for it)."""
+        """Free every chunk. The processes that mapped them must have ended before: CUDA IPC asks for it."""
+        self._free.clear()
+        self._chunk = None
         for chunk in self.chunks.values():
             self._device.close_chunk(chunk)
         self.chunks.clear()
-        self._free.clear()
-        self._chunk = None
 
 
 def size_class(size_bytes: int) -> int:

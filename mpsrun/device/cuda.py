@@ -47,7 +47,10 @@ class CudaDevice:
         torch.empty(1, device="cuda")  # the driver calls below need a current context
         self.index = index
         self._ids = itertools.count()
-        self._exports: dict[int, ChunkHandle] = {}  # by buffer id of the driver
+        self._own: set[int] = set()  # addresses of the chunks that this process allocated
+        self._exports: dict[
+            int, tuple[int, ChunkHandle]
+        ] = {}  # address and handle, by buffer id of the driver
         self._counters: Chunk | None = None
         self._operations: dict[tuple[bool, tuple[int, ...]], list[Any]] = {}
         self._peek_stream = torch.cuda.Stream(index)
@@ -67,6 +70,7 @@ class CudaDevice:
         memory = self._tensor(int(address), size_bytes)
         memory.zero_()
         torch.cuda.current_stream().synchronize()
+        self._own.add(int(address))
         return Chunk(self._handle(int(address), size_bytes), memory, int(address))
 
     def open_chunk(self, handle: ChunkHandle) -> Chunk:
@@ -78,9 +82,11 @@ class CudaDevice:
 
     def close_chunk(self, chunk: Chunk) -> None:
         chunk.memory = torch.empty(0, dtype=torch.uint8)
-        if chunk.handle.token in {h.token for h in self._exports.values()}:
-            return
-        _call("cuIpcCloseMemHandle", driver.cuIpcCloseMemHandle(chunk.owner))
+        if chunk.owner in self._own:
+            self._own.discard(chunk.owner)
+            _call("cuMemFree", driver.cuMemFree(chunk.owner))
+        else:
+            _call("cuIpcCloseMemHandle", driver.cuIpcCloseMemHandle(chunk.owner))
 
     def _tensor(self, address: int, size_bytes: int) -> torch.Tensor:
         return torch.as_tensor(_Span(address, size_bytes), device=torch.device("cuda", self.index))
@@ -94,24 +100,26 @@ class CudaDevice:
         return [self._export(t) for t in tensors]
 
     def exported(self) -> dict[int, ChunkHandle]:
-        return {handle.id: handle for handle in self._exports.values()}
+        self._exports = {i: entry for i, entry in self._exports.items() if _buffer_id(entry[0]) == i}
+        return {handle.id: handle for _, handle in self._exports.values()}
 
     def _export(self, tensor: torch.Tensor) -> TensorRef:
         address = tensor.data_ptr()
         if not address:
             raise NotShippable("a tensor without memory cannot be shared with another process")
         base, size_bytes = _pair(driver.cuMemGetAddressRange(address), "cuMemGetAddressRange")
-        attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_BUFFER_ID
-        buffer_id = int(_call("cuPointerGetAttribute", driver.cuPointerGetAttribute(attribute, address)))
+        buffer_id = _buffer_id(address)
+        if buffer_id is None:
+            raise NotShippable("GPU memory that the CUDA driver does not know")
         if buffer_id not in self._exports:
             try:
-                self._exports[buffer_id] = self._handle(int(base), int(size_bytes))
+                self._exports[buffer_id] = int(base), self._handle(int(base), int(size_bytes))
             except MpsrunError as error:
                 raise NotShippable(
                     "GPU memory that CUDA IPC cannot share (expandable_segments in PYTORCH_CUDA_ALLOC_CONF, or "
                     "another allocator): leave it at its default"
                 ) from error
-        chunk = self._exports[buffer_id].id
+        chunk = self._exports[buffer_id][1].id
         shape, stride = tuple(tensor.shape), tensor.stride()
         return TensorRef(chunk, address - int(base), shape, stride, dtype_name(tensor.dtype))
 
@@ -184,6 +192,13 @@ class CudaDevice:
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.index)
+
+
+def _buffer_id(address: int) -> int | None:
+    """What tells one allocation from a later one at the same address; None where nothing is allocated there."""
+    attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_BUFFER_ID
+    status, value = driver.cuPointerGetAttribute(attribute, address)
+    return int(value) if status == driver.CUresult.CUDA_SUCCESS else None
 
 
 def _call(name: str, answer: tuple[Any, ...]) -> Any:

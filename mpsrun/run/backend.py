@@ -149,7 +149,7 @@ class Graph:
 
     def __call__(self, *args: Any) -> Any:
         coordinator = self._coordinator
-        if coordinator is None or _saved_tensor_hooks() or self._overlaps.now(args):
+        if coordinator is None or _must_be_plain(coordinator.device.kind) or self._overlaps.now(args):
             return self._gm.forward(*args)
         key = (
             torch.is_grad_enabled(),
@@ -254,6 +254,11 @@ class _Observer(fx.Interpreter):
         return result
 
 
-def _saved_tensor_hooks() -> bool:
-    """Whether somebody looks at what autograd saves: checkpointing counts on the same tensors in every run."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+def _must_be_plain(kind: str) -> bool:
+    """Whether somebody counts on the graph's own ops.
+
+    Checkpointing counts on the same saved tensors in every run; a CUDA graph would replay one step's hand-offs.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        return True
+    return kind == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -245,8 +245,12 @@ class Coordinator:
     # ---- the end
 
     def close(self) -> None:
-        """Stop the workers and the thread; the workers unmap before the memory goes."""
+        """Stop the workers and the thread."""
         self._watcher.stop()
         for link in self.links:
             link.stop()
         self._channel.close()
+
+    def free(self) -> None:
+        """Give the arena's memory back. The workers must have ended."""
+        self._arena.close()

@@ -35,13 +35,17 @@ class _Here:
 
 def fork(crossing: Crossing, args: tuple[Any, ...]) -> tuple[Invocation | _Here, torch.Tensor | None]:
     """Send a region's arguments to the workers, which start; the token ties Join to this Fork in autograd."""
+    invocation = Invocation(crossing, args)
     try:
         with crossing.owner.lock:
             crossing.owner.bind(crossing, args)
-    except NotShippable as error:  # the script's memory moved to where no worker can follow
+            invocation.room = crossing.owner.take(crossing.forward_bytes)
+    except (
+        NotShippable,
+        torch.OutOfMemoryError,
+    ) as error:  # memory that no worker can see, or none for the arena
         log.detail(f"a region runs in the lead: {error}")
         return _compute_here(crossing, args), None
-    invocation = Invocation(crossing, args)
     if not crossing.grad:
         with torch.no_grad():
             _publish(invocation, args)
@@ -76,10 +80,12 @@ def _publish(invocation: Invocation, args: Sequence[Any]) -> None:
     crossing, owner = invocation.crossing, invocation.crossing.owner
     with owner.lock:
         owner.check()
-        invocation.room = owner.take(crossing.forward_bytes)
-        targets = crossing.tensors(invocation.room, "inputs")
+        room = invocation.room
+        if room is None:
+            raise RuntimeError("mpsrun: an invocation without a slot")
+        targets = crossing.tensors(room, "inputs")
         copy_all(targets, [args[place.index].detach() for place in crossing.inputs])
-        slot = m.Slot(invocation.room.chunk.id, invocation.room.offset_bytes)
+        slot = m.Slot(room.chunk.id, room.offset_bytes)
         rngs, invocation.random_start = philox.reserve(crossing)
         invocation.sequence = owner.submit(crossing.shares, crossing.submitted)
         flags = owner.flags()

@@ -71,8 +71,10 @@ def close() -> None:
             if _coordinator.settings.verbose:
                 report.print_table(_coordinator.counts())
             _coordinator.close()
-        _coordinator = _reason = None
         _owned.close()
+        if _coordinator is not None and config.current().run_dir is None:
+            _coordinator.free()  # the workers were ours and have ended, and this process may go on
+        _coordinator = _reason = None
 
 
 def _open(kind: str) -> Coordinator:
