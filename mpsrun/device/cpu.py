@@ -51,6 +51,7 @@ class CpuDevice:
         self._futex = Futex()
         self._ids = itertools.count()
         self._exports: dict[int, _Export] = {}
+        self._empty: int | None = None
         self._words: ctypes.Array[ctypes.c_uint32] | None = None
 
     def new_chunk(self, size_bytes: int) -> Chunk:
@@ -94,13 +95,22 @@ class CpuDevice:
         return next((e for e in self._exports.values() if e.holds(storage)), None)
 
     def _ref(self, tensor: torch.Tensor) -> TensorRef:
+        shape, stride, dtype = tuple(tensor.shape), tensor.stride(), dtype_name(tensor.dtype)
+        if not tensor.numel():
+            return TensorRef(self._nothing(), 0, shape, stride, dtype)
         export = self._find(tensor.untyped_storage())
         if export is None:
-            raise NotShippable("a parameter without memory cannot be shared with another process")
+            raise NotShippable("its memory could not be shared with another process")
         offset = tensor.data_ptr() - export.address
-        return TensorRef(
-            export.handle.id, offset, tuple(tensor.shape), tensor.stride(), dtype_name(tensor.dtype)
-        )
+        return TensorRef(export.handle.id, offset, shape, stride, dtype)
+
+    def _nothing(self) -> int:
+        """The chunk in which tensors without elements are said to be."""
+        if self._empty is None:
+            pages, handle = self._new_pages(mmap.PAGESIZE)
+            self._empty = handle.id
+            self._exports[handle.id] = _Export(handle, 0, lambda: pages is not None)
+        return self._empty
 
     def _share(self, storages: Iterable[torch.UntypedStorage]) -> None:
         private = [s for s in storages if not s.is_shared()]

@@ -17,10 +17,11 @@ class Machine:
     cores_shared: bool = False
 
 
-# A kernel launched by eager PyTorch takes some 10 us of one CPU thread; rates are what training reaches on an
-# H100, not its peaks. A crossing is fork, join and both of their backwards.
+# Measured on an H200 with eager PyTorch: an op costs 85 to 95 us of one CPU thread, forward and backward together
+# (GoogLeNet batch 8, transformer towers batch 4), and a crossing, which is fork, join and both of their backwards, some
+# 640 us of the lead (benchmarks/h200.json). The rates are what training reaches there, not its peaks.
 MACHINES = {
-    "cuda": Machine(launch_us=10.0, flops_per_s=100e12, bytes_per_s=1.5e12, crossing_us=300.0),
+    "cuda": Machine(launch_us=30.0, flops_per_s=100e12, bytes_per_s=1.5e12, crossing_us=640.0),
     "cpu": Machine(launch_us=5.0, flops_per_s=100e9, bytes_per_s=10e9, crossing_us=500.0, cores_shared=True),
 }
 

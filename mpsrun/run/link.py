@@ -56,16 +56,18 @@ class Link:
         self._moved_s = 0.0
 
     def ready(self, message: m.Ready) -> None:
-        """The worker is there. Raises where it speaks another protocol or is gone already."""
+        """The worker is there. Raises where it was there before, speaks another protocol or is gone already."""
+        if self.pid is not None:
+            raise MpsrunError(f"worker {self.index}: expected to hear Ready once, found another from {message.pid}")
         if message.protocol != m.PROTOCOL:
             raise MpsrunError(
                 f"worker {self.index}: expected protocol {m.PROTOCOL}, found {message.protocol}"
             )
-        self.pid = message.pid
         try:
             self._pidfd = os.pidfd_open(message.pid)
-        except ProcessLookupError as error:
+        except (OSError, OverflowError) as error:
             raise MpsrunError(f"worker {self.index} (pid {message.pid}) ended before it started") from error
+        self.pid = message.pid
 
     def exited(self) -> bool:
         """Whether the process has ended."""

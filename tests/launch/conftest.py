@@ -1,6 +1,7 @@
 """Running a script plainly and under the launcher, in a directory of its own."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,15 @@ import pytest
 
 SERIAL_LINE = b"mpsrun: serial lanes: plain run, no worker processes\n"
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _signals_as_in_a_terminal() -> Iterator[None]:
+    """Children inherit what is ignored, as SIGHUP is under nohup; a test of signals wants them as they come."""
+    before = signal.getsignal(signal.SIGHUP)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @dataclass
