@@ -128,6 +128,38 @@ class OutOfRange(nn.Module):
         return torch.stack([table(x).tanh().sum(1) for table in self.tables]).prod(0)
 
 
+class TestStrict:
+    @pytest.mark.parametrize("where", ["forward", "backward"])
+    def test_raising(self, strict: Coordinator, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The same type, with the worker's traceback."""
+        pair = Pair(strict)
+        with pytest.raises(KeyError) as found:
+            self._fail(pair, where, raising, monkeypatch)
+        assert "1000000000" in str(found.value)
+        assert f"in worker {pair.victim}" in str(found.value)
+        assert "executor.py" in str(found.value) or "worker.py" in str(found.value)
+
+    @pytest.mark.parametrize(("where", "fault"), [("forward", killed), ("backward", stuck)])
+    def test_lost(
+        self, strict: Coordinator, where: str, fault: Fault, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pair = Pair(strict)
+        with pytest.raises(WorkerError, match=f"worker {pair.victim} is out"):
+            self._fail(pair, where, fault, monkeypatch)
+
+    def _fail(self, pair: Pair, where: str, fault: Fault, patch: pytest.MonkeyPatch) -> None:
+        """The error comes at once, or at the latest with the next step, where the lead had gone on already."""
+        start = time.monotonic()
+        if where == "forward":
+            fault(pair.coordinator, pair.victim, patch)
+            pair.step(2)
+        else:
+            pair.step(2, between=lambda: fault(pair.coordinator, pair.victim, patch))
+        patch.undo()
+        pair.step(3)
+        assert time.monotonic() - start < WATCHDOG_S + SPARE_S
+
+
 class TestGoesOn:
     @pytest.mark.parametrize("fault", [killed, stuck, raising])
     def test_in_forward(
@@ -195,35 +227,3 @@ class TestGoesOn:
         pair.step(2)
         pool.wait_until(lambda: not expendable.usable())
         pair.assert_goes_on()
-
-
-class TestStrict:
-    @pytest.mark.parametrize("where", ["forward", "backward"])
-    def test_raising(self, strict: Coordinator, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The same type, with the worker's traceback."""
-        pair = Pair(strict)
-        with pytest.raises(KeyError) as found:
-            self._fail(pair, where, raising, monkeypatch)
-        assert "1000000000" in str(found.value)
-        assert f"in worker {pair.victim}" in str(found.value)
-        assert "executor.py" in str(found.value) or "worker.py" in str(found.value)
-
-    @pytest.mark.parametrize(("where", "fault"), [("forward", killed), ("backward", stuck)])
-    def test_lost(
-        self, strict: Coordinator, where: str, fault: Fault, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        pair = Pair(strict)
-        with pytest.raises(WorkerError, match=f"worker {pair.victim} is out"):
-            self._fail(pair, where, fault, monkeypatch)
-
-    def _fail(self, pair: Pair, where: str, fault: Fault, patch: pytest.MonkeyPatch) -> None:
-        """The error comes at once, or at the latest with the next step, where the lead had gone on already."""
-        start = time.monotonic()
-        if where == "forward":
-            fault(pair.coordinator, pair.victim, patch)
-            pair.step(2)
-        else:
-            pair.step(2, between=lambda: fault(pair.coordinator, pair.victim, patch))
-        patch.undo()
-        pair.step(3)
-        assert time.monotonic() - start < WATCHDOG_S + SPARE_S

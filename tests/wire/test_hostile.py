@@ -253,13 +253,19 @@ class TestWorkers:
         assert pair.victim not in expendable.usable()
 
 
+@pytest.fixture(scope="class")
+def few() -> Iterator[Coordinator]:
+    with pool.running(Config(workers=2, lanes="workers", timeout_s=20.0)) as coordinator:
+        yield coordinator
+
+
 class TestLead:
     """Reports that no worker of ours sent."""
 
-    def test_noise(self, workers: Coordinator) -> None:
+    def test_noise(self, few: Coordinator) -> None:
         """What cannot be read is refused; an error of the run, or none, but no wrong numbers and no hang."""
-        pair = Pair(workers)
-        send(workers.settings.report_socket, *NO_MESSAGE.values(), codec.encode(m.Stop()))
+        pair = Pair(few)
+        send(few.settings.report_socket, *NO_MESSAGE.values(), codec.encode(m.Stop()))
         pair.assert_same_or_refused()
         pair.assert_same()
 
@@ -277,11 +283,12 @@ class TestLead:
         ],
         ids=repr,
     )
-    def test_report(self, workers: Coordinator, report: m.ToLead) -> None:
-        pair = Pair(workers)
-        send(workers.settings.report_socket, codec.encode(report))
+    def test_report(self, few: Coordinator, report: m.ToLead) -> None:
+        pair, pids = Pair(few), pool.pids()
+        send(few.settings.report_socket, codec.encode(report))
         pair.assert_same_or_refused()
         pair.assert_same()
+        assert pool.pids() == pids, "what a stranger claims must not decide which process is ended"
 
 
 class Pair:
