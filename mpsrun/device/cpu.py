@@ -53,6 +53,7 @@ class CpuDevice:
         self._exports: dict[int, _Export] = {}
         self._empty: int | None = None
         self._words: ctypes.Array[ctypes.c_uint32] | None = None
+        self._counters: Chunk | None = None  # what the words lie in
 
     def new_chunk(self, size_bytes: int) -> Chunk:
         pages, handle = self._new_pages(size_bytes)
@@ -63,10 +64,9 @@ class CpuDevice:
         return Chunk(handle, torch.frombuffer(pages, dtype=torch.uint8), pages)
 
     def close_chunk(self, chunk: Chunk) -> None:
-        chunk.memory, chunk.owner = (
-            torch.empty(0, dtype=torch.uint8),
-            None,
-        )  # unmapped with the last tensor on it
+        if chunk is self._counters:
+            self._counters = self._words = None
+        chunk.memory, chunk.owner = torch.empty(0, dtype=torch.uint8), None  # the last tensor on it unmaps it
 
     def _new_pages(self, size_bytes: int) -> tuple[mmap.mmap, ChunkHandle]:
         fd = os.memfd_create("mpsrun", os.MFD_CLOEXEC)
@@ -152,7 +152,7 @@ class CpuDevice:
     def bind_counters(self, chunk: Chunk) -> None:
         words = MAX_COUNTERS * COUNTER_STRIDE
         self._words = (ctypes.c_uint32 * words).from_address(chunk.memory.data_ptr())
-        self._counters_owner = chunk
+        self._counters = chunk
 
     def signal(self, counters: Sequence[int], values: Sequence[int]) -> None:
         for counter, value in zip(counters, values, strict=True):

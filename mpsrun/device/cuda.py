@@ -81,6 +81,9 @@ class CudaDevice:
         return Chunk(handle, self._tensor(int(address), handle.size_bytes), int(address))
 
     def close_chunk(self, chunk: Chunk) -> None:
+        if chunk is self._counters:
+            self._counters = None
+            self._operations.clear()
         chunk.memory = torch.empty(0, dtype=torch.uint8)
         if chunk.owner in self._own:
             self._own.discard(chunk.owner)

@@ -225,7 +225,9 @@ class Coordinator:
             link, layout, job = self._forgotten.popleft()
             forgotten[link].append((layout, job))
         for link, parts in forgotten.items():
-            link.forget([layout for layout, _ in parts], [job for _, job in parts])
+            layouts, jobs = [layout for layout, _ in parts], [job for _, job in parts]
+            link.forget(layouts, jobs)
+            self._standin.forget(layouts, jobs)
 
     def _keep_order(self) -> None:
         """A worker's counter must grow in the order of its messages, whatever stream they are submitted from."""
@@ -252,5 +254,7 @@ class Coordinator:
         self._channel.close()
 
     def free(self) -> None:
-        """Give the arena's memory back. The workers must have ended."""
+        """Give the shared memory back. The workers must have ended, and nothing may cross any more."""
+        self._standin.clear()
         self._arena.close()
+        self.device.close_chunk(self._counters)

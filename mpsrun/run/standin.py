@@ -25,6 +25,7 @@ class StandIn:
 
     def __init__(self, device: Device, chunk: Callable[[int], Chunk]) -> None:
         self._device = device
+        self._chunk = chunk
         self._executor = Executor(device, chunk)
         self._stream = torch.cuda.Stream() if device.kind == "cuda" else None
 
@@ -42,6 +43,14 @@ class StandIn:
                     report(link, task, error)
                 self._device.signal([link.done], [task.seq])
             link.tasks.popleft()
+
+    def forget(self, layouts: list[int], jobs: list[int]) -> None:
+        """Forget what will not be used again."""
+        self._executor.forget(layouts, jobs)
+
+    def clear(self) -> None:
+        """Forget everything: no more tasks will come."""
+        self._executor = Executor(self._device, self._chunk)
 
     def drop(self, invocations: list[int]) -> None:
         """Forget forwards whose backward will not come."""
