@@ -104,6 +104,9 @@ class Device(Protocol):
     def exported(self) -> dict[int, ChunkHandle]:
         """The chunks behind exported tensors, by id; one that died with its tensors is no longer listed."""
 
+    def holds(self, chunks: Sequence[int]) -> bool:
+        """Whether these exported chunks are still the memory that they were."""
+
     def bind_counters(self, chunk: Chunk) -> None:
         """Use this chunk's words as the counters."""
 

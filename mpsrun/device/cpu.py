@@ -91,6 +91,9 @@ class CpuDevice:
         self._exports = {i: e for i, e in self._exports.items() if e.alive()}
         return {i: e.handle for i, e in self._exports.items()}
 
+    def holds(self, chunks: Sequence[int]) -> bool:
+        return all(chunk in self._exports and self._exports[chunk].alive() for chunk in chunks)
+
     def _find(self, storage: torch.UntypedStorage) -> _Export | None:
         return next((e for e in self._exports.values() if e.holds(storage)), None)
 

@@ -7,6 +7,7 @@ the CPU. This is the only file that talks to the CUDA driver.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,11 +54,16 @@ class CudaDevice:
         ] = {}  # address and handle, by buffer id of the driver
         self._counters: Chunk | None = None
         self._operations: dict[tuple[bool, tuple[int, ...]], list[Any]] = {}
-        self._peek_stream = torch.cuda.Stream(index)
-        self._peek_host: torch.Tensor | None = None
+        self._submitting = threading.Lock()
+        # Another priority is another hardware queue: not the one in which a waiting stream is held.
+        self._peek_stream = torch.cuda.Stream(index, priority=-1)
+        self._peek_host = torch.empty(MAX_COUNTERS * COUNTER_STRIDE_BYTES, dtype=torch.uint8, pin_memory=True)
         self._peek_done: torch.cuda.Event | None = None
 
     def new_chunk(self, size_bytes: int) -> Chunk:
+        torch.zeros(
+            1, device=torch.device("cuda", self.index)
+        )  # makes the context current in a thread that is new
         status, address = driver.cuMemAlloc(size_bytes)
         if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             torch.cuda.empty_cache()
@@ -106,11 +112,19 @@ class CudaDevice:
         self._exports = {i: entry for i, entry in self._exports.items() if _buffer_id(entry[0]) == i}
         return {handle.id: handle for _, handle in self._exports.values()}
 
+    def holds(self, chunks: Sequence[int]) -> bool:
+        known = {handle.id: (address, i) for i, (address, handle) in self._exports.items()}
+        return all(chunk in known and _buffer_id(known[chunk][0]) == known[chunk][1] for chunk in chunks)
+
     def _export(self, tensor: torch.Tensor) -> TensorRef:
         address = tensor.data_ptr()
-        if not address:
-            raise NotShippable("a tensor without memory cannot be shared with another process")
-        base, size_bytes = _pair(driver.cuMemGetAddressRange(address), "cuMemGetAddressRange")
+        if tensor.device != torch.device("cuda", self.index) or not address:
+            raise NotShippable(
+                f"a tensor on {tensor.device} cannot be shared with workers on cuda:{self.index}"
+            )
+        status, base, size_bytes = driver.cuMemGetAddressRange(address)
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise NotShippable("GPU memory that the CUDA driver does not know")
         buffer_id = _buffer_id(address)
         if buffer_id is None:
             raise NotShippable("GPU memory that the CUDA driver does not know")
@@ -138,13 +152,16 @@ class CudaDevice:
 
     def _submit(self, wait: bool, counters: Sequence[int], values: Sequence[int]) -> None:
         """One driver call for all counters; the parameter structs are made once for each set of counters."""
+        if not counters:
+            return
         key = (wait, tuple(counters))
-        operations = self._operations.get(key)
-        if operations is None:
-            operations = self._operations[key] = [self._operation(wait, counter) for counter in counters]
-        for operation, value in zip(operations, values, strict=True):
-            (operation.waitValue if wait else operation.writeValue).value = value
-        status = driver.cuStreamBatchMemOp(self.stream_key(), len(operations), operations, 0)[0]
+        with self._submitting:  # two threads may use the same structs
+            operations = self._operations.get(key)
+            if operations is None:
+                operations = self._operations[key] = [self._operation(wait, counter) for counter in counters]
+            for operation, value in zip(operations, values, strict=True):
+                (operation.waitValue if wait else operation.writeValue).value = value
+            status = driver.cuStreamBatchMemOp(self.stream_key(), len(operations), operations, 0)[0]
         _check(status, "cuStreamBatchMemOp")
 
     def _operation(self, wait: bool, counter: int) -> Any:
@@ -166,10 +183,6 @@ class CudaDevice:
             if not self._peek_done.query():
                 return None
             seen = self._peeked()
-        if self._peek_host is None:
-            self._peek_host = torch.empty(
-                MAX_COUNTERS * COUNTER_STRIDE_BYTES, dtype=torch.uint8, pin_memory=True
-            )
         with torch.cuda.stream(self._peek_stream):
             self._peek_host.copy_(self._counters.memory[: self._peek_host.numel()], non_blocking=True)
             self._peek_done = torch.cuda.Event()
@@ -180,8 +193,6 @@ class CudaDevice:
         return seen
 
     def _peeked(self) -> list[int]:
-        if self._peek_host is None:
-            raise MpsrunError("expected a peek at the counters before its result is asked for")
         words = self._peek_host.view(torch.int32)[:: COUNTER_STRIDE_BYTES // 4]
         return [value & 0xFFFFFFFF for value in words.tolist()]
 
@@ -207,11 +218,6 @@ def _buffer_id(address: int) -> int | None:
 def _call(name: str, answer: tuple[Any, ...]) -> Any:
     _check(answer[0], name)
     return answer[1] if len(answer) > 1 else None
-
-
-def _pair(answer: tuple[Any, ...], name: str) -> tuple[Any, Any]:
-    _check(answer[0], name)
-    return answer[1], answer[2]
 
 
 def _check(status: Any, name: str) -> None:

@@ -65,7 +65,10 @@ def _shared_cores(config: Config, hardware: Hardware) -> dict[str, str]:
 def watch(lead: subprocess.Popen[bytes], workers: Sequence["Worker"]) -> Ending:
     """Pass on signals until the lead has ended."""
     while lead.poll() is None:
-        stopped = os.waitid(os.P_PID, lead.pid, os.WSTOPPED | os.WNOHANG)
+        try:
+            stopped = os.waitid(os.P_PID, lead.pid, os.WSTOPPED | os.WNOHANG)
+        except ChildProcessError:  # it ended just now
+            continue
         if stopped is not None:
             signals.stop_with(stopped.si_status)
         for worker in workers:

@@ -149,7 +149,12 @@ class Graph:
 
     def __call__(self, *args: Any) -> Any:
         coordinator = self._coordinator
-        if coordinator is None or _must_be_plain(coordinator.device.kind) or self._overlaps.now(args):
+        if (
+            coordinator is None
+            or coordinator.closed
+            or _must_be_plain(coordinator.device.kind)
+            or self._overlaps.now(args)
+        ):
             return self._gm.forward(*args)
         key = (
             torch.is_grad_enabled(),
@@ -203,6 +208,13 @@ class Graph:
             plan = plan_region(region, coordinator.usable()[: self._most], machine, self._forced)
             if isinstance(plan, Declined):
                 self.summary.decline(region, plan.reason)
+                continue
+            if region.parent is not None and any(
+                n in seen.random_steps for b in region.branches for n in b.nodes
+            ):
+                self.summary.refuse(
+                    "random ops inside of another region keep to the order of the program", region.where
+                )
                 continue
             try:
                 cut = cutter.cut(region, plan, seen)

@@ -16,8 +16,7 @@ from mpsrun.config import Config, available_cores
 from mpsrun.device import ChunkHandle, Device
 from mpsrun.device.arena import Arena, Room
 from mpsrun.errors import WorkerError
-from mpsrun.run import state as modes
-from mpsrun.run.crossing import Crossing, Invocation, Share
+from mpsrun.run.crossing import Crossing, Share
 from mpsrun.run.link import Link
 from mpsrun.run.standin import StandIn
 from mpsrun.run.watcher import Watcher
@@ -63,6 +62,7 @@ class Coordinator:
         self._abandoned: deque[tuple[tuple[Link, ...], int]] = deque()
         self._forgotten: deque[tuple[Link, int, int]] = deque()
         self._last_stream: int | None = None
+        self.closed = False
         for link in self.links:
             self._start(link)
         self._watcher.start()
@@ -93,24 +93,31 @@ class Coordinator:
         """Give a slot back. Safe in a finalizer: it only appends."""
         self._retired.append((room, stream, pending))
 
-    def abandon(self, invocation: Invocation) -> None:
-        """The backward of an invocation will not come. Safe in a finalizer: it only appends."""
-        links = tuple(share.link for share in invocation.crossing.shares)
-        self._abandoned.append((links, invocation.id))
+    def abandon(self, links: Sequence[Link], invocation: int) -> None:
+        """These workers will not be asked for a backward of an invocation. Safe in a finalizer: it only appends."""
+        self._abandoned.append((tuple(links), invocation))
 
     def forget(self, parts: Sequence[tuple[Link, int, int]]) -> None:
         """Layouts and jobs, by link, that will not be used again. Safe in a finalizer: it only appends."""
         self._forgotten.extend(parts)
 
-    def submit(self, shares: Sequence[Share], counters: Sequence[int]) -> tuple[int, ...]:
-        """Number the next piece of work of each share's worker, and release the workers in stream order."""
+    def submit(self, work: Sequence[tuple[Share, m.Forward | m.Backward, m.Forward]]) -> None:
+        """Hand out work: share, message, and the forward that it belongs to.
+
+        First it is remembered, so that whatever goes wrong from here on, somebody will do it; then the workers are
+        released in stream order, then told.
+        """
         if self._abandoned or self._forgotten:
             self._tidy()
-        sequence = tuple(share.link.next_sequence() for share in shares)
+        for share, message, forward in work:
+            share.link.remember(message, forward, share)
         if self.device.kind == "cuda":
             self._keep_order()
-            self.device.signal(counters, sequence)
-        return sequence
+            self.device.signal(
+                [share.link.submitted for share, _, _ in work], [message.seq for _, message, _ in work]
+            )
+        for share, message, _ in work:
+            share.link.send_step(message)
 
     def wait(self, counters: Sequence[int], values: Sequence[int]) -> None:
         """Wait until the workers have done their work (on a GPU: make the stream wait).
@@ -129,14 +136,12 @@ class Coordinator:
         except TimeoutError as error:
             raise WorkerError(f"a worker did not answer, and neither did its stand-in: {error}") from error
 
-    def flags(self) -> m.Flags:
-        return modes.flags()
-
     def bind(self, crossing: Crossing, args: Sequence[Any]) -> None:
         """Make sure that the workers see the parameters and buffers where they are now."""
         for share in crossing.shares:
             tensors = [args[i] for i in share.static_args]
-            if [tensor.data_ptr() for tensor in tensors] != share.pointers:
+            moved = [tensor.data_ptr() for tensor in tensors] != share.pointers
+            if moved or not self.device.holds(share.chunks):
                 self._bind(share, tensors)
 
     # ---- set-up of crossings
@@ -198,10 +203,12 @@ class Coordinator:
     def _bind(self, share: Share, tensors: Sequence[torch.Tensor]) -> None:
         refs = self.device.export(tensors)
         handles = self.device.exported()
-        share.link.map_exports({ref.chunk: handles[ref.chunk] for ref in refs}, set(handles))
+        share.link.map_exports({ref.chunk: handles[ref.chunk] for ref in refs})
         wants = {place.index for place in share.layout.grad_inputs}
         statics = [m.Static(i, r, i in wants) for i, r in zip(share.static_inputs, refs, strict=True)]
         share.link.send(m.Bind(share.job, statics))
+        share.link.unmap_exports(set(handles))
+        share.chunks = tuple({ref.chunk for ref in refs})
         references = [weakref.ref(tensor) for tensor in tensors]
         share.statics = dict(zip(share.static_inputs, references, strict=True))
         share.pointers = [tensor.data_ptr() for tensor in tensors]
@@ -247,7 +254,8 @@ class Coordinator:
     # ---- the end
 
     def close(self) -> None:
-        """Stop the workers and the thread."""
+        """Stop the workers and the thread. What was compiled before runs plain from now on."""
+        self.closed = True
         self._watcher.stop()
         for link in self.links:
             link.stop()

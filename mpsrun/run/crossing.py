@@ -37,6 +37,7 @@ class Share:
     outputs: range
     spans: tuple[int, ...] = ()
     pointers: list[int] | None = None
+    chunks: tuple[int, ...] = ()
     statics: dict[int, weakref.ref[torch.Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -173,6 +174,7 @@ class Invocation:
         self.backward: BackwardWork | None = None
         self.sequence: tuple[int, ...] = ()
         self.joined = False
+        self.asked: frozenset[Link] = frozenset()  # the workers that backward was handed out to
         self.random_start = 0
 
     def pending(self) -> list[tuple[int, int]]:
@@ -182,8 +184,17 @@ class Invocation:
         """Give the slot back; what the workers still do in it is waited for by whoever takes it next."""
         room, self.room = self.room, None
         if room is not None:
-            self.crossing.owner.retire(room, self.stream, self.pending())
+            backward = self.backward.pending() if self.backward is not None else []
+            self.crossing.owner.retire(room, self.stream, [*self.pending(), *backward])
         self.release_backward()
+
+    def finish(self) -> None:
+        """Backward is over: the workers that had no part in it may forget their forward, too."""
+        self.args = None
+        idle = [share.link for share in self.crossing.shares if share.link not in self.asked]
+        if idle:
+            self.crossing.owner.abandon(idle, self.id)
+        self.release()
 
     def release_backward(self) -> None:
         backward, self.backward = self.backward, None
@@ -192,7 +203,7 @@ class Invocation:
 
     def __del__(self) -> None:
         if self.room is not None and self.crossing.grad:
-            self.crossing.owner.abandon(self)
+            self.crossing.owner.abandon([share.link for share in self.crossing.shares], self.id)
         self.release()
 
 

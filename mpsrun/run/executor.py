@@ -79,7 +79,7 @@ class Executor:
         layout = self.layouts[message.layout]
         inputs = self._views(message.slot, layout, "inputs", layout.inputs)
         outputs, leaves = self._compute(layout, inputs, message.state, message.rng)
-        if layout.grad:
+        if layout.grad and any(output.requires_grad for output in outputs):
             self._saved[message.invocation] = _Saved(leaves, outputs)
         if not write:
             return
@@ -103,9 +103,9 @@ class Executor:
         if job.private:
             # Through `.data`: autograd may have saved the private copy, and may rely on it having one version.
             copy_all([t.data for t in job.private.values()], [job.statics[i].detach() for i in job.private])
-        if rng is not None and self._generator is not None:
+        self._offsets = rng.offsets if rng is not None else ()
+        if rng is not None and self._generator is not None and self._generator.initial_seed() != rng.seed:
             self._generator.manual_seed(rng.seed)
-            self._offsets = rng.offsets
         with applied(state):
             outputs = job.function(*values)
         return outputs, {
@@ -131,6 +131,16 @@ class Executor:
                 target.zero_()
         found = [(t, g) for t, g in zip(targets, gradients, strict=True) if g is not None]
         copy_all([t for t, _ in found], [g for _, g in found])
+
+    def spoil(self, message: Forward | Backward) -> None:
+        """Fill what a message asked for with NaN: work that failed must not pass for done."""
+        layout = self.layouts[message.layout]
+        part = "outputs" if isinstance(message, Forward) else "grad_inputs"
+        places = layout.outputs if isinstance(message, Forward) else layout.grad_inputs
+        with torch.no_grad():
+            for view in self._views(message.slot, layout, part, places):
+                if view.is_floating_point():
+                    view.fill_(torch.nan)
 
     def has(self, invocation: int) -> bool:
         """Whether the forward of this invocation left what its backward needs."""

@@ -20,6 +20,7 @@ from mpsrun.errors import NotShippable
 from mpsrun.graph.program import build
 from mpsrun.graph.state import applied
 from mpsrun.run import philox
+from mpsrun.run import state as modes
 from mpsrun.run.crossing import BackwardWork, Crossing, Invocation, Share
 from mpsrun.run.executor import copy_all
 from mpsrun.wire import messages as m
@@ -87,13 +88,14 @@ def _publish(invocation: Invocation, args: Sequence[Any]) -> None:
         copy_all(targets, [args[place.index].detach() for place in crossing.inputs])
         slot = m.Slot(room.chunk.id, room.offset_bytes)
         rngs, invocation.random_start = philox.reserve(crossing)
-        invocation.sequence = owner.submit(crossing.shares, crossing.submitted)
-        flags = owner.flags()
-        for share, seq, rng in zip(crossing.shares, invocation.sequence, rngs, strict=True):
-            changed = share.link.changed_flags(flags)
+        flags, work = modes.flags(), []
+        for share, rng in zip(crossing.shares, rngs, strict=True):
+            seq, changed = share.link.next_sequence(), share.link.changed_flags(flags)
             message = m.Forward(seq, invocation.id, share.layout.layout, slot, invocation.state, changed, rng)
             invocation.forwards[share.job] = message
-            share.link.hand_out(message, message, share)
+            work.append((share, message, message))
+        invocation.sequence = tuple(message.seq for _, message, _ in work)
+        owner.submit(work)
 
 
 def _take(invocation: Invocation) -> tuple[torch.Tensor, ...]:
@@ -134,13 +136,13 @@ class _Fork(torch.autograd.Function):
         _ = ctx.saved_tensors  # raises, as plain PyTorch does, where one was changed since forward
         if invocation.gradients is not None:
             gradients = _recompute(invocation)
+            invocation.asked = frozenset()
         elif invocation.backward is None:
             gradients = [None] * len(invocation.crossing.wanted)
         else:
             gradients = _collect(invocation, invocation.backward)
         if not torch._C._autograd._get_current_graph_task_keep_graph():
-            invocation.args = None
-            invocation.release()
+            invocation.finish()
         return None, *gradients
 
 
@@ -176,21 +178,24 @@ def _publish_gradients(invocation: Invocation, gradients: Sequence[torch.Tensor 
         )
     keep = bool(torch._C._autograd._get_current_graph_task_keep_graph())
     gathering = crossing.gathering(tuple(gradient is not None for gradient in gradients))
+    if not gathering.work:
+        return
     with owner.lock:
         invocation.release_backward()
         room = owner.take(crossing.backward_bytes)
         views = crossing.tensors(room, "grad_outputs")
         copy_all([views[i] for i in gathering.outputs], [g for g in gradients if g is not None])
-        links = [share.link for share, _, _ in gathering.work]
-        sequence = owner.submit([share for share, _, _ in gathering.work], [link.submitted for link in links])
-        counters = tuple(link.done for link in links)
-        invocation.backward = BackwardWork(room, gathering, counters, sequence)
-        slot, flags = m.Slot(room.chunk.id, room.offset_bytes), owner.flags()
-        for (share, present, reached), seq in zip(gathering.work, sequence, strict=True):
-            changed = share.link.changed_flags(flags)
+        slot, flags, work = m.Slot(room.chunk.id, room.offset_bytes), modes.flags(), []
+        for share, present, reached in gathering.work:
+            seq, changed = share.link.next_sequence(), share.link.changed_flags(flags)
             layout = share.layout.layout
             message = m.Backward(seq, invocation.id, layout, slot, present, reached, keep, changed)
-            share.link.hand_out(message, invocation.forwards[share.job], share)
+            work.append((share, message, invocation.forwards[share.job]))
+        counters = tuple(share.link.done for share, _, _ in work)
+        sequence = tuple(message.seq for _, message, _ in work)
+        invocation.backward = BackwardWork(room, gathering, counters, sequence)
+        invocation.asked = frozenset(share.link for share, _, _ in work)
+        owner.submit(work)
 
 
 def _collect(invocation: Invocation, backward: BackwardWork) -> list[torch.Tensor | None]:

@@ -29,8 +29,9 @@ class Task(NamedTuple):
     since: float
 
 
-def _reached(counter: int, value: int) -> bool:
-    return (counter - value) & SEQUENCE_MASK < SEQUENCE_MASK // 2
+def reached(counter: int, value: int) -> bool:
+    """Whether a 32-bit counter that wraps has come to a sequence number."""
+    return (counter - value) & SEQUENCE_MASK < 0x80000000
 
 
 class Link:
@@ -75,7 +76,9 @@ class Link:
         """Whether the process has ended."""
         if self._pidfd is None:
             return False
-        return bool(select.select([self._pidfd], [], [], 0)[0])
+        poller = select.poll()
+        poller.register(self._pidfd, select.POLLIN)
+        return bool(poller.poll(0))
 
     def next_sequence(self) -> int:
         self._sequence = (self._sequence + 1) & SEQUENCE_MASK
@@ -83,32 +86,37 @@ class Link:
 
     def changed_flags(self, flags: m.Flags) -> m.Flags | None:
         """The global settings, if they are not what this worker was told last."""
-        if flags == self._flags:
-            return None
-        self._flags = flags
-        return flags
+        return None if flags == self._flags else flags
 
     def send(self, message: m.ToWorker) -> None:
         """Tell the worker something. A lost one is not told anything."""
         if self.lost is None:
             self._channel.send(self.index, message)
 
-    def hand_out(self, message: m.Forward | m.Backward, forward: m.Forward, share: Share) -> None:
-        """Send work, and remember it until it is done."""
+    def remember(self, message: m.Forward | m.Backward, forward: m.Forward, share: Share) -> None:
+        """Note what is owed from now on, whether it can be sent or not."""
         self.tasks.append(Task(message.seq, message, forward, share, time.monotonic()))
+
+    def send_step(self, message: m.Forward | m.Backward) -> None:
+        """Send work that is remembered."""
         if self.lost is None:
             self._channel.send_step(self.index, message)
+            if message.flags is not None:
+                self._flags = message.flags
 
-    def map_exports(self, wanted: dict[int, ChunkHandle], alive: set[int]) -> None:
-        """Have the worker map these exported chunks, and unmap those which are no longer alive."""
-        gone = [chunk for chunk in self._mapped if chunk not in alive]
-        if gone:
-            self._mapped.difference_update(gone)
-            self.send(m.Unmap(gone))
+    def map_exports(self, wanted: dict[int, ChunkHandle]) -> None:
+        """Have the worker map these exported chunks."""
         for chunk, handle in wanted.items():
             if chunk not in self._mapped:
                 self._mapped.add(chunk)
                 self.send(m.Map(handle))
+
+    def unmap_exports(self, alive: set[int]) -> None:
+        """Have the worker unmap the exported chunks that are no longer there."""
+        gone = [chunk for chunk in self._mapped if chunk not in alive]
+        if gone:
+            self._mapped.difference_update(gone)
+            self.send(m.Unmap(gone))
 
     def settle(self, done: int, submitted: int | None = None) -> None:
         """Forget the tasks up to sequence number `done`.
@@ -117,9 +125,9 @@ class Link:
         releasing it yet (it has come to `submitted`).
         """
         before = len(self.tasks)
-        while self.tasks and _reached(done, self.tasks[0].seq):
+        while self.tasks and reached(done, self.tasks[0].seq):
             self.tasks.popleft()
-        held = submitted is not None and self.tasks and not _reached(submitted, self.tasks[0].seq)
+        held = submitted is not None and self.tasks and not reached(submitted, self.tasks[0].seq)
         if len(self.tasks) < before or held:
             self._moved_s = time.monotonic()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,14 @@ class _Modes:
 
     def __init__(self) -> None:
         self.used = False
-        self._open: list[Any] = []
+        self._local = threading.local()
+
+    @property
+    def _open(self) -> list[Any]:
+        """The brackets of this thread."""
+        if not hasattr(self._local, "open"):
+            self._local.open = []
+        return self._local.open
 
     def enter(self, state: State) -> Callable[[], None]:
         self.used = True

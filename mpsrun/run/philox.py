@@ -57,7 +57,9 @@ def replayed(rng: Rng | None) -> Iterator[Callable[[int], None] | None]:
         yield None
         return
     source = generator()
-    before = source.get_offset()
+    before = source.get_state()
+    if source.initial_seed() != rng.seed:
+        source.manual_seed(rng.seed)
 
     def place(ordinal: int) -> None:
         source.set_offset(rng.offsets[ordinal])
@@ -65,4 +67,21 @@ def replayed(rng: Rng | None) -> Iterator[Callable[[int], None] | None]:
     try:
         yield place
     finally:
-        source.set_offset(before)
+        source.set_state(before)
+
+
+@contextlib.contextmanager
+def undisturbed(kind: str) -> Iterator[None]:
+    """Put the generator back where it was, for a thread that draws in the lead's name.
+
+    What the script itself draws meanwhile, from another thread, is not kept apart.
+    """
+    if kind != "cuda":
+        yield
+        return
+    source = generator()
+    before = source.get_state()
+    try:
+        yield
+    finally:
+        source.set_state(before)

@@ -45,7 +45,8 @@ def coordinator(kind: str) -> Coordinator | None:
         if _coordinator is None and _reason is None:
             try:
                 _coordinator = _open(kind)
-            except (MpsrunError, ImportError) as error:
+            except Exception as error:  # noqa: BLE001 - without workers the network still trains
+                _owned.close()
                 _reason = f"no workers: {error}"
                 log.say(_reason)
         if _coordinator is not None and _coordinator.device.kind != kind:
@@ -119,6 +120,8 @@ def _tell_mode(coordinator: Coordinator) -> None:
 def _forget() -> None:
     """A forked child has none of the parent's threads, sockets and workers."""
     global _coordinator, _reason
+    if _coordinator is not None:
+        _coordinator.closed = True
     _coordinator, _reason = None, "this process was forked from the one that has the workers"
     _owned.pop_all()
 
@@ -137,7 +140,9 @@ def end_worker(pid: int) -> None:
         if torch.cuda.is_initialized():
             _terminate_client(pid)
         signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-        select.select([descriptor], [], [], END_DEADLINE_S)
+        poller = select.poll()
+        poller.register(descriptor, select.POLLIN)
+        poller.poll(END_DEADLINE_S * 1000)
     except ProcessLookupError:
         return
     finally:

@@ -238,8 +238,12 @@ class Cutter:
         return Share(link, layout.job, part.program, layout, part.args, part.gradients, span)
 
     def _escapes(self, node: fx.Node) -> bool:
-        """Whether a value may be read after the graph's end other than through autograd edges that lead to its Join."""
-        return bool(self._effects.facts[node].outputs & self._visible)
+        """Whether a value may still be read when its region's backward is over, or without autograd at all.
+
+        What ends in several outputs of the graph can be differentiated in parts: one part's backward gives the slot
+        back, and the other would read it later.
+        """
+        return bool(self._effects.facts[node].outputs & self._visible) or len(self._ends.get(node, ())) > 1
 
 
 def _published(

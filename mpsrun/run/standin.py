@@ -10,39 +10,51 @@ import torch
 
 from mpsrun.device import Chunk, Device
 from mpsrun.errors import MpsrunError
+from mpsrun.run import philox
 from mpsrun.run.executor import Executor
-from mpsrun.run.link import Link, Task
+from mpsrun.run.link import Link, Task, reached
 from mpsrun.wire import messages as m
-
-FOREVER_S = 1e9
 
 
 class StandIn:
     """Works through the tasks of lost workers, in order, on a stream of its own.
 
-    It runs in the coordinator's thread: the lead's main thread may be blocked in a wait for the very result.
+    It runs in the watching thread: the lead's main thread may be blocked in a wait for the very result.
     """
 
     def __init__(self, device: Device, chunk: Callable[[int], Chunk]) -> None:
         self._device = device
         self._chunk = chunk
         self._executor = Executor(device, chunk)
-        self._stream = torch.cuda.Stream() if device.kind == "cuda" else None
+        # Another priority is another hardware queue: not the one in which the lead's stream is held.
+        self._stream = torch.cuda.Stream(priority=-1) if device.kind == "cuda" else None
 
-    def finish(self, link: Link, report: Callable[[Link, Task, Exception], None]) -> None:
-        """Do everything that this link owes.
+    def finish(
+        self, link: Link, submitted: int | None, report: Callable[[Link, Task, Exception], None]
+    ) -> None:
+        """Do what this link owes, as far as the lead's stream has come (it has released the work up to `submitted`).
 
-        What the plain script would have raised here goes to `report` before anybody who waits is released.
+        Nothing here waits on the GPU: two lost workers may wait for each other's results. What the plain script would
+        have raised goes to `report` before anybody who waits is released.
         """
-        while link.tasks:
+        while link.tasks and (submitted is None or reached(submitted, link.tasks[0].seq)):
             task = link.tasks[0]
-            with self._on_stream():
+            with self._on_stream(), philox.undisturbed(self._device.kind):
                 try:
-                    self._do(link, task)
+                    self._do(task)
                 except Exception as error:  # noqa: BLE001 - it belongs to the script
                     report(link, task, error)
+                    self._executor.spoil(task.message)
                 self._device.signal([link.done], [task.seq])
             link.tasks.popleft()
+
+    def warm_up(self) -> None:
+        """Have this thread's libraries loaded before the lead's stream is ever held."""
+        if self._stream is not None:
+            with torch.cuda.stream(self._stream):
+                some = torch.ones(8, 8, device="cuda")
+                torch._foreach_copy_([some, some], [some @ some, some])
+            self._stream.synchronize()
 
     def forget(self, layouts: list[int], jobs: list[int]) -> None:
         """Forget what will not be used again."""
@@ -59,9 +71,7 @@ class StandIn:
     def _on_stream(self) -> AbstractContextManager[object]:
         return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
-    def _do(self, link: Link, task: Task) -> None:
-        if self._device.kind == "cuda":
-            self._device.wait([link.submitted], [task.seq], FOREVER_S)
+    def _do(self, task: Task) -> None:
         self._know(task)
         if isinstance(task.message, m.Forward):
             self._executor.forward(task.message)

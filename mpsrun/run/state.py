@@ -11,6 +11,7 @@ from mpsrun.graph.state import Autocast, State
 from mpsrun.wire.messages import Flags
 
 _PRECISIONS = (
+    ("generic", "all"),
     ("cuda", "matmul"),
     ("cuda", "conv"),
     ("cuda", "rnn"),
@@ -59,7 +60,8 @@ def _precision(backend: str, operation: str) -> tuple[Callable[[], Any], Callabl
     )
 
 
-# What each name reads and how it is written. Precisions first the old way, then the new: torch checks that they agree.
+# What each name reads and how it is written. Of precisions only the newer form, which the older one keeps up to date:
+# reading the older form raises once a script has used the newer one.
 _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "deterministic": (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
     "fill_uninitialized": _attribute(torch.utils.deterministic, "fill_uninitialized_memory"),
@@ -82,10 +84,5 @@ _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     ),
     "sdp.math": (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
     "sdp.cudnn": (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
-    "matmul_precision": (
-        torch._C._get_float32_matmul_precision,
-        torch.set_float32_matmul_precision,
-    ),
-    "cudnn.tf32": (torch._C._get_cudnn_allow_tf32, torch._C._set_cudnn_allow_tf32),
     **{f"{backend}.{op}": _precision(backend, op) for backend, op in _PRECISIONS},
 }

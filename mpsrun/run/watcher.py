@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,10 +19,11 @@ from mpsrun.wire import messages as m
 from mpsrun.wire.channel import LeadChannel
 
 POLL_S = 0.05
+START_S = 60.0  # what a worker may take to import torch on a busy machine
 
 
 class Watcher:
-    """Ends every wait: whoever waits for a worker waits for its counter, which somebody sets in any case.
+    """Ends every wait for a worker: whoever waits, waits for its counter, which somebody sets in any case.
 
     end_worker: ends a process and returns when it is gone. when_started: called once, in a thread of its own, when all
     workers are there or lost. `changed` is notified after each report. `epoch` counts the workers lost so far.
@@ -49,6 +51,7 @@ class Watcher:
         self._error: Exception | None = None
         self._failures: dict[tuple[int, int], Exception] = {}
         self._closing = False
+        self._start_s = time.monotonic()
         self._thread = threading.Thread(target=self._watch, name="mpsrun-watcher", daemon=True)
 
     def start(self) -> None:
@@ -78,6 +81,7 @@ class Watcher:
     def _watch(self) -> None:
         if self._device.kind == "cuda":
             torch.cuda.set_device(self._device.index)  # type: ignore[attr-defined]
+            self._standin.warm_up()
         while not self._closing:
             try:
                 self._look()
@@ -136,6 +140,8 @@ class Watcher:
             return
         if link.exited():
             self._lose(link, f"process {link.pid} ended", None)
+        elif not link.started and time.monotonic() - self._start_s > max(START_S, self._settings.timeout_s):
+            self._lose(link, "it did not start", None)
         elif link.stalled_s() > self._settings.timeout_s:
             self._lose(link, f"no answer for {self._settings.timeout_s:g} s", None)
             if link.pid is not None:
@@ -158,7 +164,10 @@ class Watcher:
         counters = self._device.read_counters(wait=True)
         if counters is not None:
             link.settle(counters[link.done])
-        self._standin.finish(link, self._fail_task)
+        elif self._device.kind == "cuda":
+            return
+        submitted = None if counters is None or self._device.kind == "cpu" else counters[link.submitted]
+        self._standin.finish(link, submitted, self._fail_task)
 
     def _fail_task(self, link: Link, task: Task, error: Exception) -> None:
         """Have whoever waits for this task raise; on a GPU nobody does, so that the next crossing raises."""

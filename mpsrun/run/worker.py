@@ -107,6 +107,7 @@ class Worker:
         return chunk
 
     def _unmap(self, chunks: list[int]) -> None:
+        self.device.synchronize()  # what is queued may still read there
         for chunk in chunks:
             self.device.close_chunk(self._chunks.pop(chunk))
 

@@ -91,7 +91,8 @@ class LeadChannel:
             socket.close(LINGER_MS)
         self._reports.close(0)
         self._context.destroy(linger=LINGER_MS)
-        self._rings.clear()
+        while self._rings:
+            self._rings.pop().close()
 
 
 def _open(context: zmq.Context[zmq.Socket[bytes]], kind: int, address: str, bind: bool) -> zmq.Socket[bytes]:

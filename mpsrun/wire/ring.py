@@ -53,6 +53,12 @@ class Ring:
     def open(cls, path: str) -> Ring:
         return cls(open_memfd(path, _DATA + CAPACITY_BYTES), path)
 
+    def close(self) -> None:
+        """Unmap this end; nothing can be written or read here any more."""
+        self._data.release()
+        del self._head, self._tail, self._asleep  # they hold the pages
+        self._pages.close()
+
     def write(self, message: bytes, timeout_s: float) -> None:
         """Append a message; empty stands for one on the socket. Waits for room only where the reader is far behind."""
         size = 4 + -(-len(message) // 4) * 4
