@@ -565,3 +565,46 @@ def test_outputs_that_are_read_late(mode: Any, detach: bool, nothing_kept: None)
             return {f"output {i}": model(x(i)).detach().clone() for i in range(5)}
 
     same(script, make=lambda: LateReader(detach), calls=6)
+
+
+class TwoEnds(nn.Module):
+    """A worker's output that is saved by an op of the lead, on the way to a second output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.paths = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.weight = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        a, b, c = (path(x) for path in self.paths)
+        return (a + b + c).sum(), torch.addcmul(a, b * c, self.weight).sum()
+
+
+def test_two_outputs_differentiated_apart(workers: Coordinator) -> None:
+    """What autograd still holds of a worker's output stays as it was while later steps run."""
+    torch.manual_seed(0)
+    plain = TwoEnds().double()
+    fast = on_lanes(copy.deepcopy(plain), 2)
+    for _ in range(4):
+        x, later = torch.randn(4, 6).double(), torch.randn(4, 6).double()
+        seen = []
+        for model in (plain, fast):
+            _, second = model(x)
+            first, _ = model(x)
+            first.backward()
+            model(later)
+            seen.append(torch.autograd.grad(second, [model.weight])[0])
+        torch.testing.assert_close(seen[1], seen[0])
+
+
+def test_newer_precision_settings(workers: Coordinator) -> None:
+    """torch refuses to read the older settings once the newer ones are in use: a step must not need them."""
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    fast = on_lanes(Three(), 2)
+    try:
+        settings.fp32_precision = "tf32"
+        for _ in range(3):
+            fast(torch.randn(5, 6)).sum().backward()
+    finally:
+        settings.fp32_precision = before

@@ -264,5 +264,6 @@ class Coordinator:
     def free(self) -> None:
         """Give the shared memory back. The workers must have ended, and nothing may cross any more."""
         self._standin.clear()
+        self._retired.clear()
         self._arena.close()
         self.device.close_chunk(self._counters)
