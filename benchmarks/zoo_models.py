@@ -73,9 +73,7 @@ class Specimen:
 
 def entries() -> list[Entry]:
     """All of the zoo: the pinned ones, image classification, timm, then what needs other inputs."""
-    vision = [
-        Entry(f"torchvision/{name}", _kind(name)) for name in _by_turns(torchvision.models.list_models())
-    ]
+    vision = [Entry(f"torchvision/{name}", _kind(name)) for name in _by_turns(torchvision.models.list_models())]
     small = [Entry(f"timm/{_smallest(family)}", family) for family in timm.list_modules()]
     order = [*_of(vision, "classification"), *small]
     order += [entry for kind in KINDS[1:] for entry in _of(vision, kind)]

@@ -100,8 +100,7 @@ def summary(rows: Sequence[Row], total: int) -> str:
     versions = ", ".join(sorted({row.versions for row in rows if row.versions}))
     told = ", ".join(f"{count} {result}" for result, count in results.most_common())
     return (
-        f"{len(rows)} of {total} models have run so far ({versions}): {told}. "
-        f"{used} of them ran regions in workers.\n"
+        f"{len(rows)} of {total} models have run so far ({versions}): {told}. {used} of them ran regions in workers.\n"
     )
 
 

@@ -136,9 +136,7 @@ def _told(watched: Watched) -> dict[str, Any]:
     """What mpsrun reports of its graphs, and the workers of their jobs."""
     regions = [region for graph in report.graphs for region in graph.regions]
     refusals = [text for graph in report.graphs for text in graph.refusals if text != NO_FORK]
-    jobs = {
-        (lane, job) for region in regions for lane, job in zip(region.lanes, region.jobs, strict=True) if lane
-    }
+    jobs = {(lane, job) for region in regions for lane, job in zip(region.lanes, region.jobs, strict=True) if lane}
     coordinator = session.current()
     counts = coordinator.counts() if coordinator else {}
     return {

@@ -15,9 +15,7 @@ def conv(channels: int, out: int, kernel: int, stride: int = 1) -> nn.Sequential
 class Inception(nn.Module):
     """Four branches side by side, joined along the channels (Szegedy et al., arXiv 1409.4842)."""
 
-    def __init__(
-        self, channels: int, one: int, three: tuple[int, int], five: tuple[int, int], pool: int
-    ) -> None:
+    def __init__(self, channels: int, one: int, three: tuple[int, int], five: tuple[int, int], pool: int) -> None:
         super().__init__()
         self.one = conv(channels, one, 1)
         self.three = nn.Sequential(conv(channels, three[0], 1), conv(*three, 3))
@@ -80,9 +78,7 @@ class Towers(nn.Module):
         self.embed = nn.Linear(features, width)
 
         def layer() -> nn.Module:
-            return nn.TransformerEncoderLayer(
-                width, 8, 4 * width, dropout=0.0, batch_first=True, norm_first=True
-            )
+            return nn.TransformerEncoderLayer(width, 8, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
 
         self.towers = nn.ModuleList(nn.Sequential(*(layer() for _ in range(layers))) for _ in range(towers))
         self.head = nn.Linear(width, classes)

@@ -101,9 +101,7 @@ def _launch(config: Config, target: Target) -> int:
         from mpsrun.launch.spawn import run_plain
 
         if config.mps == "on":
-            raise UsageError(
-                f"expected an NVIDIA GPU for --mps on, found none ({hardware.reason}); leave it out"
-            )
+            raise UsageError(f"expected an NVIDIA GPU for --mps on, found none ({hardware.reason}); leave it out")
         say(f"{hardware.reason}, for which mpsrun has no lanes: plain run, no worker processes")
         run_plain(dataclasses.replace(config, lanes="serial"), target)
     if config.lanes == "serial":
@@ -134,9 +132,7 @@ def _target(rest: Sequence[str]) -> Target:
     words = list(rest[1:] if rest[:1] == ["--"] else rest)
     if not words or words == ["-m"] or words[0] == "-":
         found = "nothing after -m" if words == ["-m"] else "standard input" if words else "none"
-        raise UsageError(
-            f"expected a script or -m module, found {found}; usage: mpsrun [options] train.py [args...]"
-        )
+        raise UsageError(f"expected a script or -m module, found {found}; usage: mpsrun [options] train.py [args...]")
     return Target.from_argv(words)
 
 
@@ -166,17 +162,13 @@ def _seconds(name: str, value: str) -> float:
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < math.inf:
-        raise UsageError(
-            f"expected {name} with a number of seconds above 0, found {value!r}; the default is 30"
-        )
+        raise UsageError(f"expected {name} with a number of seconds above 0, found {value!r}; the default is 30")
     return seconds
 
 
 def _path(name: str, value: str) -> Path:
     if not value:
-        raise UsageError(
-            f"expected {name} with a directory, found an empty name; name one or leave {name} out"
-        )
+        raise UsageError(f"expected {name} with a directory, found an empty name; name one or leave {name} out")
     return Path(value).absolute()
 
 

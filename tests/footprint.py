@@ -79,9 +79,7 @@ def _run_dirs() -> frozenset[Path]:
 def _shared_memory() -> frozenset[str]:
     """Names in /dev/shm that this process made: torch's carry its pid."""
     marks = ("mpsrun", f"torch_{os.getpid()}_")
-    return frozenset(
-        entry.name for entry in Path("/dev/shm").glob("*") if any(mark in entry.name for mark in marks)
-    )
+    return frozenset(entry.name for entry in Path("/dev/shm").glob("*") if any(mark in entry.name for mark in marks))
 
 
 def _memory_files() -> int:

@@ -80,9 +80,7 @@ class PathNet(nn.Module):
 
     def __init__(self, layers: int = 2, paths: int = 3, width: int = 6) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            nn.ModuleList(mlp(width, 8, width) for _ in range(paths)) for _ in range(layers)
-        )
+        self.layers = nn.ModuleList(nn.ModuleList(mlp(width, 8, width) for _ in range(paths)) for _ in range(layers))
         self.head = nn.Linear(width, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -342,9 +340,7 @@ class Constants(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         left = self.left(x) * self.scale + torch.arange(4, device=x.device) * self.factor
-        right = (
-            self.right(x).masked_fill(torch.eye(5, 4, device=x.device, dtype=torch.bool), -1.0) * self.scale
-        )
+        right = self.right(x).masked_fill(torch.eye(5, 4, device=x.device, dtype=torch.bool), -1.0) * self.scale
         return torch.where(left > 0, left, right * x.shape[1])
 
 
@@ -382,8 +378,7 @@ class Three(nn.Module):
         super().__init__()
         self.trunk = nn.Linear(6, 6)
         self.paths = nn.ModuleList(
-            nn.Sequential(nn.Linear(6, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Linear(width, 4))
-            for _ in range(3)
+            nn.Sequential(nn.Linear(6, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Linear(width, 4)) for _ in range(3)
         )
         self.head = nn.Linear(12, 2)
 

@@ -140,9 +140,7 @@ class TestStrict:
         assert "executor.py" in str(found.value) or "worker.py" in str(found.value)
 
     @pytest.mark.parametrize(("where", "fault"), [("forward", killed), ("backward", stuck)])
-    def test_lost(
-        self, strict: Coordinator, where: str, fault: Fault, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_lost(self, strict: Coordinator, where: str, fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
         pair = Pair(strict)
         with pytest.raises(WorkerError, match=f"worker {pair.victim} is out"):
             self._fail(pair, where, fault, monkeypatch)
@@ -177,9 +175,7 @@ class TestGoesOn:
         assert fault is not raising or "KeyError: 1000000000" in told
 
     @pytest.mark.parametrize("fault", [killed, stuck, raising])
-    def test_in_backward(
-        self, expendable: Coordinator, fault: Fault, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_in_backward(self, expendable: Coordinator, fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
         pair = Pair(expendable)
         start = time.monotonic()
         pair.step(2, between=lambda: fault(expendable, pair.victim, monkeypatch))

@@ -68,9 +68,7 @@ def sum_of(outputs: Any) -> Tensor:
 
 def gradients(model: nn.Module) -> Seen:
     """The gradients as they are now."""
-    return {
-        f"gradient of {n}": None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()
-    }
+    return {f"gradient of {n}": None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
 
 
 def state(model: nn.Module) -> Seen:

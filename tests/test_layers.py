@@ -57,9 +57,7 @@ def imports(path: Path, only_at_start: bool = False) -> Iterator[str]:
 def own_imports(path: Path, only_at_start: bool = False) -> set[str]:
     """The modules of mpsrun that a file imports, as `launch.spawn`."""
     known = {module_name(file) for file in FILES}
-    found = (
-        name.removeprefix("mpsrun.") for name in imports(path, only_at_start) if name.startswith("mpsrun.")
-    )
+    found = (name.removeprefix("mpsrun.") for name in imports(path, only_at_start) if name.startswith("mpsrun."))
     return {name for name in found if name in known}
 
 
@@ -69,9 +67,7 @@ def test_imports_run_downward(path: Path) -> None:
     if package in ("", "__main__"):  # the package itself and `python -m mpsrun` hand on to what is below
         return
     allowed = BELOW[package] | OPEN_TO_ALL | {package}
-    wrong = {
-        name for name in own_imports(path) if name not in allowed and name.partition(".")[0] not in allowed
-    }
+    wrong = {name for name in own_imports(path) if name not in allowed and name.partition(".")[0] not in allowed}
     assert wrong == set()
 
 

@@ -87,9 +87,7 @@ def assert_transparent(
     return graph
 
 
-def assert_executed(
-    graph: report.Graph, forwards: int, backwards: int, forward_only: Sequence[int] = ()
-) -> None:
+def assert_executed(graph: report.Graph, forwards: int, backwards: int, forward_only: Sequence[int] = ()) -> None:
     """Each worker really ran each of its jobs so often: the workers are asked.
 
     forward_only: regions whose workers compute nothing that has a gradient.
@@ -103,9 +101,7 @@ def assert_executed(
             assert found == (forwards, 0 if index in forward_only else backwards), (index, worker, job)
 
 
-def assert_same(
-    found: Mapping[str, Any], wanted: Mapping[str, Any], when: str, tolerance: Mapping[str, float]
-) -> None:
+def assert_same(found: Mapping[str, Any], wanted: Mapping[str, Any], when: str, tolerance: Mapping[str, float]) -> None:
     """Same names, values, strides and gaps."""
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():

@@ -60,20 +60,12 @@ def typed_view(chunk: Chunk, ref: TensorRef) -> torch.Tensor:
         raise ValueError(f"expected the name of a torch dtype, found {ref.dtype!r}")
     span = 1 + sum((n - 1) * s for n, s in zip(ref.shape, ref.stride, strict=True))
     size = 0 if 0 in ref.shape else span * dtype.itemsize
-    if (
-        ref.offset_bytes < 0
-        or min(ref.stride, default=0) < 0
-        or ref.offset_bytes + size > chunk.handle.size_bytes
-    ):
-        raise ValueError(
-            f"expected a tensor inside chunk {chunk.id} ({chunk.handle.size_bytes} bytes), found {ref}"
-        )
+    if ref.offset_bytes < 0 or min(ref.stride, default=0) < 0 or ref.offset_bytes + size > chunk.handle.size_bytes:
+        raise ValueError(f"expected a tensor inside chunk {chunk.id} ({chunk.handle.size_bytes} bytes), found {ref}")
     if ref.offset_bytes % dtype.itemsize:
         raise ValueError(f"expected an offset aligned to {dtype.itemsize} bytes, found {ref.offset_bytes}")
     view = torch.empty(0, dtype=dtype, device=chunk.memory.device)
-    return view.set_(
-        chunk.memory.untyped_storage(), ref.offset_bytes // dtype.itemsize, ref.shape, ref.stride
-    )  # type: ignore[call-overload]
+    return view.set_(chunk.memory.untyped_storage(), ref.offset_bytes // dtype.itemsize, ref.shape, ref.stride)  # type: ignore[call-overload]
 
 
 class Device(Protocol):

@@ -168,9 +168,7 @@ class CpuDevice:
             while not _reached(seen := self._counter_words()[counter * COUNTER_STRIDE], value):
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
-                    raise TimeoutError(
-                        f"counter {counter} is at {seen}, not at {value}, after {timeout_s:g} s"
-                    )
+                    raise TimeoutError(f"counter {counter} is at {seen}, not at {value}, after {timeout_s:g} s")
                 self._futex.wait(self._address(counter), seen, min(left_s, _WAIT_SLICE_S))
 
     def read_counters(self, wait: bool = False) -> list[int]:  # noqa: ARG002

@@ -49,9 +49,7 @@ class CudaDevice:
         self.index = index
         self._ids = itertools.count()
         self._own: set[int] = set()  # addresses of the chunks that this process allocated
-        self._exports: dict[
-            int, tuple[int, ChunkHandle]
-        ] = {}  # address and handle, by buffer id of the driver
+        self._exports: dict[int, tuple[int, ChunkHandle]] = {}  # address and handle, by buffer id of the driver
         self._counters: Chunk | None = None
         self._operations: dict[tuple[bool, tuple[int, ...]], list[Any]] = {}
         self._submitting = threading.Lock()
@@ -61,17 +59,13 @@ class CudaDevice:
         self._peek_done: torch.cuda.Event | None = None
 
     def new_chunk(self, size_bytes: int) -> Chunk:
-        torch.zeros(
-            1, device=torch.device("cuda", self.index)
-        )  # makes the context current in a thread that is new
+        torch.zeros(1, device=torch.device("cuda", self.index))  # makes the context current in a thread that is new
         status, address = driver.cuMemAlloc(size_bytes)
         if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             torch.cuda.empty_cache()
             status, address = driver.cuMemAlloc(size_bytes)
         if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
-            raise torch.OutOfMemoryError(
-                f"mpsrun: no {size_bytes >> 20} MiB of GPU memory for the shared arena"
-            )
+            raise torch.OutOfMemoryError(f"mpsrun: no {size_bytes >> 20} MiB of GPU memory for the shared arena")
         _check(status, "cuMemAlloc")
         memory = self._tensor(int(address), size_bytes)
         memory.zero_()
@@ -119,9 +113,7 @@ class CudaDevice:
     def _export(self, tensor: torch.Tensor) -> TensorRef:
         address = tensor.data_ptr()
         if tensor.device != torch.device("cuda", self.index) or not address:
-            raise NotShippable(
-                f"a tensor on {tensor.device} cannot be shared with workers on cuda:{self.index}"
-            )
+            raise NotShippable(f"a tensor on {tensor.device} cannot be shared with workers on cuda:{self.index}")
         status, base, size_bytes = driver.cuMemGetAddressRange(address)
         if status != driver.CUresult.CUDA_SUCCESS:
             raise NotShippable("GPU memory that the CUDA driver does not know")

@@ -22,9 +22,7 @@ class Futex:
     def __init__(self) -> None:
         number = _SYS_FUTEX.get(platform.machine())
         if number is None:
-            raise MpsrunError(
-                f"expected one of the machines {sorted(_SYS_FUTEX)}, found {platform.machine()}"
-            )
+            raise MpsrunError(f"expected one of the machines {sorted(_SYS_FUTEX)}, found {platform.machine()}")
         self._number = ctypes.c_long(number)
         self._syscall = ctypes.CDLL(None, use_errno=True).syscall
 
@@ -38,6 +36,4 @@ class Futex:
         self._call(address, _WAKE, _EVERYBODY, None)
 
     def _call(self, address: int, operation: int, value: int, limit: object) -> None:
-        self._syscall(
-            self._number, ctypes.c_void_p(address), operation, ctypes.c_uint32(value), limit, None, 0
-        )
+        self._syscall(self._number, ctypes.c_void_p(address), operation, ctypes.c_uint32(value), limit, None, 0)

@@ -14,9 +14,7 @@ from mpsrun.graph.facts import Effects
 INT_BITS = 63
 
 
-def extract(
-    nodes: Iterable[fx.Node], effects: Effects, outputs: Sequence[fx.Node]
-) -> tuple[Program, list[fx.Node]]:
+def extract(nodes: Iterable[fx.Node], effects: Effects, outputs: Sequence[fx.Node]) -> tuple[Program, list[fx.Node]]:
     """Write `nodes` as a program that hands out the values of `outputs`.
 
     The second result is the nodes outside that are the program's inputs, in the order of `Program.inputs`.
@@ -30,9 +28,7 @@ def extract(
     for node in outputs:
         _check_output(node, number, len(inputs))
     writes = _writes(inside, outside, inputs, effects)
-    program = Program(
-        inputs, encoded, [number[node] for node in outputs], list(writes), list(writes.values())
-    )
+    program = Program(inputs, encoded, [number[node] for node in outputs], list(writes), list(writes.values()))
     return program, outside
 
 
@@ -63,9 +59,7 @@ def _input(node: fx.Node, effects: Effects) -> Input:
         if kind == "parameter":
             return Input("parameter")
         return Input("buffer" if kind == "buffer" else "tensor")
-    raise NotShippable(
-        f"takes a {type(value).__name__} from outside ({node.name}); only tensors and ints travel"
-    )
+    raise NotShippable(f"takes a {type(value).__name__} from outside ({node.name}); only tensors and ints travel")
 
 
 def _op(node: fx.Node, number: Mapping[fx.Node, int], effects: Effects) -> Op:

@@ -17,9 +17,7 @@ class NodeFacts:
     reads: frozenset[int] = frozenset()
     writes: frozenset[int] = frozenset()
     hidden_writes: frozenset[int] = frozenset()  # the writes that bump no version counter in eager PyTorch
-    outputs: frozenset[int] = (
-        frozenset()
-    )  # storages of the node's value; views share the storage of their base
+    outputs: frozenset[int] = frozenset()  # storages of the node's value; views share the storage of their base
     state: State | None = None  # None: as the graph is entered
     is_state: bool = False  # the node changes the state and does nothing else
     random: bool = False

@@ -131,11 +131,7 @@ def _by_target() -> dict[Any, str]:
 def _torch_functions() -> dict[str, Callable[..., Any]]:
     variable = torch._C._VariableFunctions
     names = [name for name in dir(variable) if _allowed(name)] + list(PRIVATE)
-    found = {
-        name: getattr(torch, name, None) or getattr(variable, name)
-        for name in names
-        if hasattr(variable, name)
-    }
+    found = {name: getattr(torch, name, None) or getattr(variable, name) for name in names if hasattr(variable, name)}
     for name in (*filter(_allowed, torch.functional.__all__), *SYMBOLIC):
         if hasattr(torch, name):
             found[name] = getattr(torch, name)
@@ -189,6 +185,4 @@ def _power_in_place(base: Any, exponent: Any) -> Any:
 
 def _check_power(base: Any, exponent: Any) -> None:
     if isinstance(base, int) and isinstance(exponent, int) and abs(exponent) > MAX_INT_POWER:
-        raise ValueError(
-            f"power of whole numbers: expected an exponent up to {MAX_INT_POWER}, found {exponent}"
-        )
+        raise ValueError(f"power of whole numbers: expected an exponent up to {MAX_INT_POWER}, found {exponent}")

@@ -73,9 +73,7 @@ class _Finder:
         self.effects = effects
         self.structure = structure_of(gm, effects)
         program = list(effects.order)
-        self.order = Order(
-            program, {node: effects.deps[node] | effects.random_order[node] for node in program}
-        )
+        self.order = Order(program, {node: effects.deps[node] | effects.random_order[node] for node in program})
         self.placement = Placement(self.structure, effects, Order(program, effects.deps))
         self.regions: list[Region] = []
         self.refusals: list[Refusal] = []
@@ -132,9 +130,7 @@ class _Finder:
         ordered = tuple(sorted(nodes, key=effects.order.__getitem__))
         facts = [effects.facts[node] for node in ordered]
         inputs, outputs = safety.inputs_of(nodes, effects), safety.outputs_of(nodes, effects)
-        crossing = [
-            node for node in inputs if effects.placeholder_kind.get(node) not in ("parameter", "buffer")
-        ]
+        crossing = [node for node in inputs if effects.placeholder_kind.get(node) not in ("parameter", "buffer")]
         return Branch(
             nodes=ordered,
             pinned=safety.pinned(nodes, device, effects),

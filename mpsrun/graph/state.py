@@ -36,9 +36,7 @@ def check(state: State) -> None:
         raise ValueError(f"autocast state: expected each of {sorted(AUTOCAST_DEVICES)} once, found {devices}")
     for autocast in state.autocast:
         if autocast.dtype not in AUTOCAST_DTYPES:
-            raise ValueError(
-                f"autocast dtype: expected one of {sorted(AUTOCAST_DTYPES)}, found {autocast.dtype}"
-            )
+            raise ValueError(f"autocast dtype: expected one of {sorted(AUTOCAST_DTYPES)}, found {autocast.dtype}")
 
 
 @contextmanager
@@ -55,9 +53,7 @@ def applied(state: State | None) -> Iterator[None]:
         for autocast in state.autocast:
             dtype = AUTOCAST_DTYPES[autocast.dtype]
             stack.enter_context(
-                torch.autocast(
-                    autocast.device, dtype=dtype, enabled=autocast.enabled, cache_enabled=state.cache
-                )
+                torch.autocast(autocast.device, dtype=dtype, enabled=autocast.enabled, cache_enabled=state.cache)
             )
         yield
 
@@ -97,9 +93,7 @@ def _enter_autocast(current: State, _entered: State, node: fx.Node) -> State:
     cache = given.get("cache")
     if cache is None:
         cache = current.cache
-    return msgspec.structs.replace(
-        current, autocast=(*others, entry), cache=None if cache is None else bool(cache)
-    )
+    return msgspec.structs.replace(current, autocast=(*others, entry), cache=None if cache is None else bool(cache))
 
 
 def _enter_inference(current: State, _entered: State, node: fx.Node) -> State:

@@ -33,9 +33,7 @@ def structure_of(gm: fx.GraphModule, effects: Effects) -> Structure:
     real = {first for first, nodes in members.items() if any(effects.facts[node].kernels for node in nodes)}
     before: dict[fx.Node, frozenset[fx.Node]] = {}
     for first, nodes in members.items():  # in program order
-        sources = {head[source] for node in nodes for source in node.all_input_nodes if source in head} - {
-            first
-        }
+        sources = {head[source] for node in nodes for source in node.all_input_nodes if source in head} - {first}
         found: set[fx.Node] = set()
         for source in sources:
             found |= {source} if source in real else before[source]
@@ -69,17 +67,11 @@ def tuple_source(node: fx.Node, effects: Effects) -> fx.Node | None:
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node) or node.op != "call_function" or len(node.all_input_nodes) != 1:
         return None
-    return (
-        source
-        if isinstance(effects.values.get(source), (tuple, list)) and not effects.facts[node].kernels
-        else None
-    )
+    return source if isinstance(effects.values.get(source), (tuple, list)) and not effects.facts[node].kernels else None
 
 
 def is_number(value: object) -> bool:
     """Sizes and the like: they connect parts of a graph that share no data."""
     if isinstance(value, (list, tuple)):
         return bool(value) and all(is_number(item) for item in value)
-    return isinstance(
-        value, (int, float, torch.SymInt, torch.SymFloat, torch.SymBool, torch.dtype, torch.device)
-    )
+    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat, torch.SymBool, torch.dtype, torch.device))

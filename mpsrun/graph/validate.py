@@ -90,9 +90,7 @@ def _check_args(op: Op, here: int) -> int:
         arg, depth = pending.pop()
         count += 1
         if count > MAX_ITEMS_AN_OP or depth > MAX_DEPTH:
-            raise ValueError(
-                f"{op.name}: more than {MAX_ITEMS_AN_OP} arguments or deeper than {MAX_DEPTH} levels"
-            )
+            raise ValueError(f"{op.name}: more than {MAX_ITEMS_AN_OP} arguments or deeper than {MAX_DEPTH} levels")
         if isinstance(arg, Ref):
             _check_range(f"reference in {op.name}", [arg.value], 0, here)
         elif isinstance(arg, Named):

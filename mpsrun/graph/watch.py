@@ -12,9 +12,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 MAYBE_RANDOM = ("dropout", "attention", "lstm", "gru", "rnn", "rrelu")
 # Values such as tensor sizes that are fake and not known are costed as this.
 UNKNOWN_SIZE = 64
-NO_KERNEL = frozenset(
-    {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "sym_size"}
-)
+NO_KERNEL = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "sym_size"})
 # Statistics that these ops write in place are declared in no schema; the flag says whether they do.
 STATISTICS = ("running_mean", "running_var")
 TRAINING = ("training", "train", "use_input_stats")

@@ -24,9 +24,7 @@ def end(processes: Sequence[subprocess.Popen[bytes]], grace_s: float = 0.0) -> N
     wait_until(left, KILL_S)
 
 
-def wait_until(
-    processes: Iterable[subprocess.Popen[bytes]], timeout_s: float
-) -> list[subprocess.Popen[bytes]]:
+def wait_until(processes: Iterable[subprocess.Popen[bytes]], timeout_s: float) -> list[subprocess.Popen[bytes]]:
     """Wait until the processes have ended, for at most `timeout_s`; return those that have not."""
     deadline = time.monotonic() + timeout_s
     left = [process for process in processes if process.poll() is None]

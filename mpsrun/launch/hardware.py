@@ -21,9 +21,7 @@ class Hardware:
     reason: str = ""
 
 
-def detect(
-    environ: Mapping[str, str] | None = None, platform: str = sys.platform, root: Path = Path("/")
-) -> Hardware:
+def detect(environ: Mapping[str, str] | None = None, platform: str = sys.platform, root: Path = Path("/")) -> Hardware:
     """Return what the user's script will run on. `root` is where `/dev` lies."""
     environ = os.environ if environ is None else environ
     if platform == "darwin":

@@ -20,9 +20,7 @@ from mpsrun.errors import UsageError
 RECORD = "launcher"
 _LOCK = ".lock"
 _LOCK_DEADLINE_S = 2.0
-_LONGEST_SOCKET = (
-    "mps/control_privileged"  # the longest name that a CUDA MPS daemon binds in its pipe directory
-)
+_LONGEST_SOCKET = "mps/control_privileged"  # the longest name that a CUDA MPS daemon binds in its pipe directory
 
 
 @contextlib.contextmanager
@@ -69,9 +67,7 @@ def _temporary_dir() -> Path:
     try:
         return Path(tempfile.gettempdir()).absolute()
     except FileNotFoundError as error:
-        raise UsageError(
-            f"expected a writable directory for this run, found none ({error}); set TMPDIR"
-        ) from None
+        raise UsageError(f"expected a writable directory for this run, found none ({error}); set TMPDIR") from None
 
 
 def _check_ours_alone(base: Path) -> None:

@@ -44,9 +44,7 @@ def stop_with(stop_signal: int) -> None:
     shell could continue the process group.
     """
     if stop_signal in _JOB_CONTROL:
-        signal.sigtimedwait(
-            {stop_signal}, 0
-        )  # the terminal's own, should it still be pending: one stop is enough
+        signal.sigtimedwait({stop_signal}, 0)  # the terminal's own, should it still be pending: one stop is enough
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {stop_signal})
         os.kill(os.getpid(), stop_signal)
         signal.pthread_sigmask(signal.SIG_BLOCK, {stop_signal})

@@ -45,18 +45,14 @@ class Target:
 
 def _check_script(path: Path) -> None:
     if not path.exists():
-        raise UsageError(
-            f"expected a Python script, found no file {str(path)!r}; check its name and directory"
-        )
+        raise UsageError(f"expected a Python script, found no file {str(path)!r}; check its name and directory")
     if path.is_dir() and not (path / "__main__.py").is_file():
         raise UsageError(
             f"expected a Python script, found the directory {str(path)!r} without a __main__.py; "
             "name a file in it, or use -m for a package"
         )
     if not os.access(path, os.R_OK):
-        raise UsageError(
-            f"expected a readable script, found no permission to read {str(path)!r}; see chmod +r"
-        )
+        raise UsageError(f"expected a readable script, found no permission to read {str(path)!r}; see chmod +r")
 
 
 def _check_module(name: str) -> None:

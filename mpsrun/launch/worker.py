@@ -12,9 +12,7 @@ def main(args: Sequence[str]) -> int:
     """Run worker `args[0]` until the lead ends it; returns the exit status."""
     mask = tie_to_parent()
     faulthandler.enable()
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C is for the script, which may still need its branches
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the script, which may still need its branches
     welcome_signals(mask)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)

@@ -62,9 +62,7 @@ class Control:
         """Send one command; return what the control program printed, stripped."""
         program = shutil.which(CONTROL)
         if program is None:
-            raise ControlError(
-                f"expected {CONTROL} on PATH, found none; install the NVIDIA driver's compute tools"
-            )
+            raise ControlError(f"expected {CONTROL} on PATH, found none; install the NVIDIA driver's compute tools")
         with _one_at_a_time:
             return self._send(program, command)
 
@@ -88,9 +86,7 @@ class Control:
                 process.kill()
         text = answer.decode(errors="replace").strip()
         if process.returncode != 0:
-            raise ControlError(
-                f"expected {command!r} to succeed, found status {process.returncode}: {_short(text)}"
-            )
+            raise ControlError(f"expected {command!r} to succeed, found status {process.returncode}: {_short(text)}")
         return text
 
     def _pids(self, command: str) -> list[int]:

@@ -80,9 +80,7 @@ def wait_ready(guard: subprocess.Popen[bytes], control: Control, log_dir: Path) 
     deadline = time.monotonic() + START_S
     while not control.is_reachable():
         if guard.poll() is not None:
-            raise MpsrunError(
-                f"the CUDA MPS daemon ended at its start: {_last_line(log_dir / 'mps-daemon.log')}"
-            )
+            raise MpsrunError(f"the CUDA MPS daemon ended at its start: {_last_line(log_dir / 'mps-daemon.log')}")
         if time.monotonic() > deadline:
             raise MpsrunError(f"the CUDA MPS daemon did not answer within {START_S:g} s")
         time.sleep(_POLL_S)

@@ -1,7 +1,7 @@
 """Which branch of which region runs on which lane."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mpsrun.errors import UsageError
@@ -45,9 +45,7 @@ class Plan:
             if line.strip() and not line.lstrip().startswith("#"):
                 index, choice = _parse_line(line.strip(), number)
                 if index in found:
-                    raise UsageError(
-                        f"plan, line {number}: region {index} stands in an earlier line too; keep one"
-                    )
+                    raise UsageError(f"plan, line {number}: region {index} stands in an earlier line too; keep one")
                 found[index] = choice
         return cls(found)
 
@@ -59,18 +57,23 @@ _LANE = re.compile(r"lead|worker (?P<worker>[1-9]\d*)")
 
 
 def plan_region(
-    region: Region, worker_ids: Sequence[int], machine: Machine, forced: bool
+    region: Region,
+    worker_ids: Sequence[int],
+    machine: Machine,
+    forced: bool,
+    nesting: Collection[int] = (),
 ) -> Assignment | Declined:
     """Assign the branches of `region` by longest processing time, or decline where it would not pay.
 
-    `worker_ids` are lanes (1 and up). Pinned branches stay in the lead; where nothing is pinned the lead
-    keeps the shortest branch, and takes a share of the rest. `forced` skips the question whether it pays.
+    `worker_ids` are lanes (1 and up), `nesting` the branches with regions of their own inside. Pinned branches stay in
+    the lead; where nothing is pinned the lead keeps the shortest branch, and takes a share of the rest. `forced` skips
+    the question whether it pays.
     """
     if not worker_ids:
         return Declined("there is no worker")
     if not any(branch.pinned is None for branch in region.branches):
         return Declined(f"no branch can leave the lead: {region.branches[0].pinned}")
-    lanes = longest_first(region, worker_ids, machine)
+    lanes = longest_first(region, worker_ids, machine, nesting)
     if not forced:
         reason = not_worth_it(region, lanes, machine)
         if reason is not None:
@@ -78,17 +81,20 @@ def plan_region(
     return Assignment(lanes)
 
 
-def longest_first(region: Region, worker_ids: Iterable[int], machine: Machine) -> tuple[int, ...]:
+def longest_first(
+    region: Region, worker_ids: Iterable[int], machine: Machine, nesting: Collection[int] = ()
+) -> tuple[int, ...]:
     """Each branch, the longest first, to the lane that is free first (Graham 1969)."""
     costs_us = [branch_us(branch, machine) for branch in region.branches]
     load_us = dict.fromkeys([*worker_ids, LEAD], 0.0)  # on a tie a worker goes before the lead
     lanes = [LEAD] * len(costs_us)
     free = [index for index, branch in enumerate(region.branches) if branch.pinned is None]
     stay = [index for index, branch in enumerate(region.branches) if branch.pinned is not None]
-    if (
-        not stay and len(free) > 1
-    ):  # the lead has time for one: the shortest, since it pays for the crossing, too
-        stay = [min(free, key=lambda index: costs_us[index])]
+    if not stay and len(free) > 1:
+        # The lead has time for one: the shortest, since it pays for the crossing, too. But the rest of the network, as
+        # it stands beside an early head, must not leave: the regions inside it would be lost.
+        rest = [index for index in nesting if costs_us[index] > sum(costs_us) / 2]
+        stay = rest or [min(free, key=lambda index: costs_us[index])]
         free.remove(stay[0])
     load_us[LEAD] = machine.crossing_us + sum(costs_us[index] for index in stay)
     for index in sorted(free, key=lambda index: -costs_us[index]):
@@ -116,9 +122,7 @@ def not_worth_it(region: Region, lanes: Sequence[int], machine: Machine) -> str 
     gain_us = serial_us - makespan_us(region, lanes, machine) - crossing_us(crossings, machine)
     needed_us = max(MIN_GAIN_US, MIN_GAIN * serial_us)
     if gain_us < needed_us:
-        return (
-            f"too small: of {serial_us:.0f} us it would save {gain_us:.0f} us, {needed_us:.0f} us are needed"
-        )
+        return f"too small: of {serial_us:.0f} us it would save {gain_us:.0f} us, {needed_us:.0f} us are needed"
     return None
 
 
@@ -137,7 +141,6 @@ def _parse_line(line: str, number: int) -> tuple[int, Assignment | Declined]:
     lanes = [int(name["worker"] or LEAD) for name in names if name is not None]
     if found is None or len(lanes) != len(names):
         raise UsageError(
-            f"plan, line {number}: expected 'region 0: lead | worker 1' or 'region 0: declined, reason', "
-            f"found {line!r}"
+            f"plan, line {number}: expected 'region 0: lead | worker 1' or 'region 0: declined, reason', found {line!r}"
         )
     return int(found["index"]), Assignment(tuple(lanes))

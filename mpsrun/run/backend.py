@@ -97,9 +97,7 @@ class Graph:
             except Exception as error:  # a network that cannot be analysed still trains
                 if config.current().strict:
                     raise
-                log.say(
-                    f"a network could not be analysed, it runs in the lead ({type(error).__name__}: {error})"
-                )
+                log.say(f"a network could not be analysed, it runs in the lead ({type(error).__name__}: {error})")
 
     @property
     def is_plain(self) -> bool:
@@ -113,6 +111,11 @@ class Graph:
         for refusal in found.refusals:
             self.summary.refuse(refusal.reason, refusal.where)
         self._regions = found.regions
+        inner = {region.parent for region in found.regions}
+        self._nesting = {
+            region.index: [branch for branch in range(len(region.branches)) if (region.index, branch) in inner]
+            for region in found.regions
+        }
         self._overlaps = Overlaps(gm, self._effects)
         if not found.regions:
             self.summary.note("no branches that do not depend on each other")
@@ -131,7 +134,9 @@ class Graph:
     def _worth_it(self, machine: Any) -> bool:
         """Whether the plan would use any worker at all, were they all there."""
         workers = range(1, session.worker_count() + 1)[: self._most]
-        plans = [plan_region(region, list(workers), machine, False) for region in self._regions]
+        plans = [
+            plan_region(region, list(workers), machine, False, self._nesting[region.index]) for region in self._regions
+        ]
         for region, plan in zip(self._regions, plans, strict=True):
             if isinstance(plan, Declined):
                 self.summary.decline(region, plan.reason)
@@ -205,13 +210,12 @@ class Graph:
         for region in self._regions:
             if any(node in gone for branch in region.branches for node in branch.nodes):
                 continue
-            plan = plan_region(region, coordinator.usable()[: self._most], machine, self._forced)
+            nesting = self._nesting[region.index]
+            plan = plan_region(region, coordinator.usable()[: self._most], machine, self._forced, nesting)
             if isinstance(plan, Declined):
                 self.summary.decline(region, plan.reason)
                 continue
-            if region.parent is not None and any(
-                n in seen.random_steps for b in region.branches for n in b.nodes
-            ):
+            if region.parent is not None and any(n in seen.random_steps for b in region.branches for n in b.nodes):
                 self.summary.refuse(
                     "random ops inside of another region keep to the order of the program", region.where
                 )

@@ -113,9 +113,7 @@ class Coordinator:
             share.link.remember(message, forward, share)
         if self.device.kind == "cuda":
             self._keep_order()
-            self.device.signal(
-                [share.link.submitted for share, _, _ in work], [message.seq for _, message, _ in work]
-            )
+            self.device.signal([share.link.submitted for share, _, _ in work], [message.seq for _, message, _ in work])
         for share, message, _ in work:
             share.link.send_step(message)
 
@@ -180,10 +178,7 @@ class Coordinator:
                 link.send(m.Count())
         deadline = time.monotonic() + timeout_s
         with self._watcher.changed:
-            while (
-                any(link.counts is None and link.lost is None for link in asked)
-                and time.monotonic() < deadline
-            ):
+            while any(link.counts is None and link.lost is None for link in asked) and time.monotonic() < deadline:
                 self._watcher.changed.wait(0.1)
         return {link.index: link.counts for link in asked if link.counts is not None}
 

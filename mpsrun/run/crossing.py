@@ -137,9 +137,7 @@ class Crossing:
                 work.append((share, local, inputs))
                 reached[position] = frozenset(inputs)
         by_arg: dict[int, list[int]] = {}
-        for k, (position, place) in reversed(
-            list(enumerate(self.singles))
-        ):  # autograd adds the last branch first
+        for k, (position, place) in reversed(list(enumerate(self.singles))):  # autograd adds the last branch first
             if place.index in reached.get(position, ()):
                 by_arg.setdefault(self.shares[position].args[place.index], []).append(k)
         flats = tuple(
@@ -165,9 +163,7 @@ class Invocation:
         self.args: tuple[Any, ...] | None = args
         self.id = crossing.owner.next_invocation()
         self.stream = crossing.owner.device.stream_key()
-        self.state = modes.ambient(
-            crossing.device.type
-        )  # here, since inside of a Function grad mode is always off
+        self.state = modes.ambient(crossing.device.type)  # here, since inside of a Function grad mode is always off
         self.room: Room | None = None
         self.forwards: dict[int, m.Forward] = {}
         self.gradients: tuple[torch.Tensor | None, ...] | None = None

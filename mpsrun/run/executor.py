@@ -108,9 +108,7 @@ class Executor:
             self._generator.manual_seed(rng.seed)
         with applied(state):
             outputs = job.function(*values)
-        return outputs, {
-            i: v for i, v in enumerate(values) if isinstance(v, torch.Tensor) and v.requires_grad
-        }
+        return outputs, {i: v for i, v in enumerate(values) if isinstance(v, torch.Tensor) and v.requires_grad}
 
     def backward(self, message: Backward) -> None:
         """Compute the gradients that are asked for into the slot; zeros where a gradient turns out not to exist."""

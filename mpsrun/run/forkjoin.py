@@ -159,9 +159,7 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
         invocation: Invocation = ctx.invocation
-        if (
-            torch.is_grad_enabled()
-        ):  # create_graph: the region is recomputed in plain PyTorch when Fork's turn comes
+        if torch.is_grad_enabled():  # create_graph: the region is recomputed in plain PyTorch when Fork's turn comes
             invocation.gradients = gradients
         else:
             invocation.gradients = None

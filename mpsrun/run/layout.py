@@ -60,9 +60,7 @@ def trace_gradients(program: Program, inputs: Sequence[TensorMeta | int], state:
     with torch.inference_mode(False), FakeTensorMode(allow_non_fake_inputs=True):
         values = [x.empty() if isinstance(x, TensorMeta) else x for x in inputs]
         leaves = {id(v): i for i, v in enumerate(values) if isinstance(v, torch.Tensor)}
-        storages = {
-            v.untyped_storage()._cdata: i for i, v in enumerate(values) if isinstance(v, torch.Tensor)
-        }
+        storages = {v.untyped_storage()._cdata: i for i, v in enumerate(values) if isinstance(v, torch.Tensor)}
         saved: set[int] = set()
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:

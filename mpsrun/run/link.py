@@ -59,13 +59,9 @@ class Link:
     def ready(self, message: m.Ready) -> None:
         """The worker is there. Raises where it was there before, speaks another protocol or is gone already."""
         if self.pid is not None:
-            raise MpsrunError(
-                f"worker {self.index}: expected to hear Ready once, found another from {message.pid}"
-            )
+            raise MpsrunError(f"worker {self.index}: expected to hear Ready once, found another from {message.pid}")
         if message.protocol != m.PROTOCOL:
-            raise MpsrunError(
-                f"worker {self.index}: expected protocol {m.PROTOCOL}, found {message.protocol}"
-            )
+            raise MpsrunError(f"worker {self.index}: expected protocol {m.PROTOCOL}, found {message.protocol}")
         try:
             self._pidfd = os.pidfd_open(message.pid)
         except (OSError, OverflowError) as error:

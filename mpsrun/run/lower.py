@@ -116,9 +116,7 @@ class _Emitter:
         self._copy(source.output_node())
         return self._graph
 
-    def _emit_group(
-        self, nodes: Sequence[fx.Node], regions: Sequence[Lowered], handle: _Handle | None = None
-    ) -> None:
+    def _emit_group(self, nodes: Sequence[fx.Node], regions: Sequence[Lowered], handle: _Handle | None = None) -> None:
         """Emit nodes in program order, each of the outermost regions among them in one piece."""
         inside = set(nodes)
         fitting = [r for r in regions if r.nodes <= inside]

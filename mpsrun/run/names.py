@@ -81,9 +81,7 @@ def _shared(paths: Sequence[Path]) -> Path:
     if not paths:
         return ()
     low, high = min(paths), max(paths)
-    count = next(
-        (i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high))
-    )
+    count = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
     return low[:count]
 
 

@@ -21,9 +21,7 @@ class Overlaps:
     def __init__(self, gm: fx.GraphModule, effects: Effects) -> None:
         placeholders = gm.graph.find_nodes(op="placeholder")
         written = frozenset().union(*(facts.writes for facts in effects.facts.values()))
-        inputs = [
-            (i, node) for i, node in enumerate(placeholders) if effects.placeholder_kind[node] == "input"
-        ]
+        inputs = [(i, node) for i, node in enumerate(placeholders) if effects.placeholder_kind[node] == "input"]
         self._written = [i for i, node in inputs if effects.facts[node].outputs & written]
         self._others = [i for i, _ in inputs]
         self._known = {

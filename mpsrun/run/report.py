@@ -100,9 +100,7 @@ def _fold(regions: Sequence[RegionReport]) -> list[list[RegionReport]]:
     return list(groups.values())
 
 
-def _rows(
-    alike: Sequence[RegionReport], counts: Mapping[int, Counts]
-) -> Iterator[tuple[str, str, str, str, str]]:
+def _rows(alike: Sequence[RegionReport], counts: Mapping[int, Counts]) -> Iterator[tuple[str, str, str, str, str]]:
     first = alike[0]
     labels = names.fold([region.name for region in alike])
     for i, (branch, lane) in enumerate(zip(first.branches, first.lanes, strict=True)):

@@ -112,9 +112,7 @@ def _tell_mode(coordinator: Coordinator) -> None:
     attachment = verify(pids, coordinator.device.kind == "cuda")
     log.say(f"{attachment}, {len(pids) - 1} workers")
     if coordinator.settings.mps == "on" and attachment.mode != "CUDA MPS":
-        coordinator.fail(
-            MpsrunError(f"expected CUDA MPS (--mps on), found {attachment}; see the log of its server")
-        )
+        coordinator.fail(MpsrunError(f"expected CUDA MPS (--mps on), found {attachment}; see the log of its server"))
 
 
 def _forget() -> None:

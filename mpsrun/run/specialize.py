@@ -23,9 +23,7 @@ from mpsrun.wire import messages as m
 
 _numbers = itertools.count(1)
 # Ops that share a tensor's memory but not its autograd history: autograd may save the result for much longer.
-DETACHING = frozenset(
-    {"detach", "detach_", torch.detach, getattr(torch._C._autograd, "_get_data_attr", None)}
-)
+DETACHING = frozenset({"detach", "detach_", torch.detach, getattr(torch._C._autograd, "_get_data_attr", None)})
 
 
 @dataclass(frozen=True)
@@ -102,9 +100,7 @@ class Cutter:
         """What crosses at a region under an assignment. Raises `NotShippable` with the reason."""
         device = _device_of(region, seen)
         if device.type != self._coordinator.device.kind:
-            raise NotShippable(
-                f"its tensors are on {device}, the workers use {self._coordinator.device.kind}"
-            )
+            raise NotShippable(f"its tensors are on {device}, the workers use {self._coordinator.device.kind}")
         state = modes.ambient(device.type)
         laned = list(zip(region.branches, assignment.lanes, strict=True))
         own = tuple(node for branch, lane in laned if not lane for node in branch.nodes)
@@ -148,9 +144,7 @@ class Cutter:
             gradients = trace_gradients(program, metas, state)
             args = tuple(arg_of[node] for node in inputs)
             random = tuple(node for node in nodes if self._effects.facts[node].random)
-            found.append(
-                _Part(worker, program, args, tuple(inputs), tuple(outputs), metas, random, gradients)
-            )
+            found.append(_Part(worker, program, args, tuple(inputs), tuple(outputs), metas, random, gradients))
         return found
 
     def _crossing(
@@ -191,9 +185,7 @@ class Cutter:
                 for node, differentiable in zip(part.outputs, part.gradients.differentiable, strict=True)
             ),
             saved=tuple(
-                sorted(
-                    {part.args[i] for part in parts for i in part.gradients.saved - {*part.program.writes}}
-                )
+                sorted({part.args[i] for part in parts for i in part.gradients.saved - {*part.program.writes}})
             ),
             wanted=tuple(sorted(wanted)),
             writes=tuple(writes),
@@ -246,9 +238,7 @@ class Cutter:
         return bool(self._effects.facts[node].outputs & self._visible) or len(self._ends.get(node, ())) > 1
 
 
-def _published(
-    parts: Sequence[_Part], args: Sequence[fx.Node], seen: Observation
-) -> list[tuple[int, TensorMeta]]:
+def _published(parts: Sequence[_Part], args: Sequence[fx.Node], seen: Observation) -> list[tuple[int, TensorMeta]]:
     """The arguments that are neither parameters nor buffers: they travel in every step."""
     kinds = {arg: x.kind for part in parts for arg, x in zip(part.args, part.program.inputs, strict=True)}
     return [(i, _tensor(seen.metas[args[i]], args[i])) for i in sorted(kinds) if kinds[i] == "tensor"]

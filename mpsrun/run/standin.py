@@ -29,9 +29,7 @@ class StandIn:
         # Another priority is another hardware queue: not the one in which the lead's stream is held.
         self._stream = torch.cuda.Stream(priority=-1) if device.kind == "cuda" else None
 
-    def finish(
-        self, link: Link, submitted: int | None, report: Callable[[Link, Task, Exception], None]
-    ) -> None:
+    def finish(self, link: Link, submitted: int | None, report: Callable[[Link, Task, Exception], None]) -> None:
         """Do what this link owes, as far as the lead's stream has come (it has released the work up to `submitted`).
 
         Nothing here waits on the GPU: two lost workers may wait for each other's results. What the plain script would

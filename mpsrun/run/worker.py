@@ -91,9 +91,7 @@ class Worker:
 
     def _start(self, message: m.Start) -> None:
         if message.protocol != m.PROTOCOL:
-            raise MpsrunError(
-                f"expected protocol {m.PROTOCOL}, found {message.protocol}: two versions of mpsrun?"
-            )
+            raise MpsrunError(f"expected protocol {m.PROTOCOL}, found {message.protocol}: two versions of mpsrun?")
         torch.set_num_threads(message.threads)
         self._device = open_device(message.device, message.device_index)
         self._device.bind_counters(self._map(message.counters))
@@ -164,6 +162,4 @@ def main(index: int) -> None:
     channel = WorkerChannel(settings.worker_socket(index), settings.report_socket)
     Worker(index, channel).run()
     channel.close()
-    os._exit(
-        0
-    )  # no interpreter shutdown: memory shared by CUDA IPC is closed by the driver, in whatever order
+    os._exit(0)  # no interpreter shutdown: memory shared by CUDA IPC is closed by the driver, in whatever order

@@ -63,9 +63,7 @@ class Ring:
         """Append a message; empty stands for one on the socket. Waits for room only where the reader is far behind."""
         size = 4 + -(-len(message) // 4) * 4
         if size > CAPACITY_BYTES // 4:
-            raise MpsrunError(
-                f"expected a message of at most {CAPACITY_BYTES // 4} bytes, found {len(message)}"
-            )
+            raise MpsrunError(f"expected a message of at most {CAPACITY_BYTES // 4} bytes, found {len(message)}")
         deadline = time.monotonic() + timeout_s
         while CAPACITY_BYTES - (self._head.value - self._tail.value & _MASK) < size:
             if time.monotonic() > deadline:

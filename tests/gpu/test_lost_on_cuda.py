@@ -53,9 +53,7 @@ def raising(coordinator: Coordinator, pid: int, patch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("fault", [raising, killed, stuck])
-def test_the_run_goes_on(
-    expendable: Coordinator, fault: Fault, where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_run_goes_on(expendable: Coordinator, fault: Fault, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     plain = Three().to("cuda", torch.float64)
     fast = on_lanes(copy.deepcopy(plain), 1)

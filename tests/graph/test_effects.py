@@ -208,9 +208,7 @@ def test_frozen_parameters_stay_known() -> None:
 
 def test_symbolic_shapes_stay_symbolic() -> None:
     def model(x: Tensor) -> Tensor:
-        return F.linear(x, torch.ones(4, x.shape[1])).view(x.shape[0], 2, 2) + torch.arange(x.shape[0]).view(
-            -1, 1, 1
-        )
+        return F.linear(x, torch.ones(4, x.shape[1])).view(x.shape[0], 2, 2) + torch.arange(x.shape[0]).view(-1, 1, 1)
 
     captured = capture(model, torch.randn(3, 5), dynamic=True)
     assert "symint" in captured.effects.placeholder_kind.values()

@@ -85,9 +85,7 @@ def test_round_trip_gives_the_same_values_and_gradients() -> None:
     wanted = model(x, index)
     torch.testing.assert_close(value, wanted, rtol=0, atol=0)
     inputs = [x, *model.parameters()]
-    for found, expected in zip(
-        torch.autograd.grad(value, inputs), torch.autograd.grad(wanted, inputs), strict=True
-    ):
+    for found, expected in zip(torch.autograd.grad(value, inputs), torch.autograd.grad(wanted, inputs), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
@@ -97,8 +95,7 @@ def test_writes_name_the_buffers_and_tell_hidden_ones() -> None:
     program, sources = whole(captured)
     assert len(program.writes) == 3
     found = {
-        sources[index].name.split("_buffers_")[1]: h
-        for index, h in zip(program.writes, program.hidden, strict=True)
+        sources[index].name.split("_buffers_")[1]: h for index, h in zip(program.writes, program.hidden, strict=True)
     }
     assert found == {"num_batches_tracked_": False, "running_mean_": True, "running_var_": True}
     kinds = [entry.kind for entry in program.inputs]

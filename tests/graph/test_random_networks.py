@@ -108,9 +108,7 @@ def run_with_branches(captured: Captured, region: Region, inputs: Sequence[Any],
         program, sources = extract(branch.nodes, effects, branch.outputs)
         decoded = msgspec.msgpack.decode(msgspec.msgpack.encode(program), type=Program)
         validate(decoded)
-        values.update(
-            zip(branch.outputs, build(decoded)(*(values[source] for source in sources)), strict=True)
-        )
+        values.update(zip(branch.outputs, build(decoded)(*(values[source] for source in sources)), strict=True))
     interpret(after, values)
     (output,) = captured.gm.graph.find_nodes(op="output")
     return fx.node.map_arg(output.args[0], values.__getitem__)

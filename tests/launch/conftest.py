@@ -90,9 +90,7 @@ def runner(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     before = set(children(os.getpid()))  # workers that other tests share
     yield made
     deadline = time.monotonic() + 5  # nothing may outlive its run by more
-    while (
-        left := [*made.run_dirs(), *(set(children(os.getpid())) - before)]
-    ) and time.monotonic() < deadline:
+    while (left := [*made.run_dirs(), *(set(children(os.getpid())) - before)]) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert left == []
 

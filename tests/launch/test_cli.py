@@ -16,9 +16,7 @@ from tests.launch.conftest import Runner
 def test_options_before_the_script_are_ours() -> None:
     words = "--workers 2 --lanes=workers --log-dir /l --timeout 1.5 --strict --verbose t.py --workers x -m --"
     config, target = parse(words.split())
-    assert config == Config(
-        workers=2, lanes="workers", log_dir=Path("/l"), timeout_s=1.5, strict=True, verbose=True
-    )
+    assert config == Config(workers=2, lanes="workers", log_dir=Path("/l"), timeout_s=1.5, strict=True, verbose=True)
     assert target == Target("script", "t.py", ("--workers", "x", "-m", "--"))
 
 
@@ -33,9 +31,7 @@ def test_modules_and_the_end_of_options() -> None:
     assert parse(["--workers", "auto", "t.py"])[0].workers is None
 
 
-@pytest.mark.parametrize(
-    "target", [Target("script", "t.py", ("-m", "x")), Target("module", "a.b", ("t.py",))]
-)
+@pytest.mark.parametrize("target", [Target("script", "t.py", ("-m", "x")), Target("module", "a.b", ("t.py",))])
 def test_a_target_reads_back(target: Target) -> None:
     assert Target.from_argv(target.to_argv()) == target
 
@@ -76,10 +72,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_launcher_imports_neither_torch_nor_zmq(runner: Runner) -> None:
-    check = (
-        "import sys, mpsrun.cli, mpsrun.launch.supervisor\n"
-        "print([m for m in ('torch', 'zmq') if m in sys.modules])"
-    )
+    check = "import sys, mpsrun.cli, mpsrun.launch.supervisor\nprint([m for m in ('torch', 'zmq') if m in sys.modules])"
     assert runner.python("-c", check).stdout == b"[]\n"
 
 

@@ -61,10 +61,8 @@ ENDINGS = {
     "terminated": "import os, signal; os.kill(os.getpid(), signal.SIGTERM)",
     "hook": "import sys\n"
     "sys.excepthook = lambda *a: print(a[0], a[1].__traceback__ is a[2], a[2].tb_next)\nraise ValueError",
-    "hook-sees-itself": "import sys\n"
-    "def h(*a): print(sys.excepthook is h)\nsys.excepthook = h\nraise ValueError",
-    "at-exit": "import atexit, sys\n"
-    "atexit.register(lambda: print(sys.excepthook, sys.last_value))\nraise ValueError",
+    "hook-sees-itself": "import sys\ndef h(*a): print(sys.excepthook is h)\nsys.excepthook = h\nraise ValueError",
+    "at-exit": "import atexit, sys\natexit.register(lambda: print(sys.excepthook, sys.last_value))\nraise ValueError",
     "thread": "import threading, time\n"
     "threading.Thread(target=lambda: (time.sleep(.1), print('thread'))).start()\nraise ValueError",
     "thread-raises": "import threading\nt = threading.Thread(target=lambda: 1 / 0)\nt.start(); t.join()",
@@ -115,9 +113,7 @@ def _python() -> str:
 
 def test_a_module_of_a_package(runner: Runner, same: Same) -> None:
     runner.script("print('package')", "pkg/__init__.py")
-    runner.script(
-        "from . import __name__ as n; print(n)\n" + WORLD.replace("__spec__", "__spec__.name"), "pkg/mod.py"
-    )
+    runner.script("from . import __name__ as n; print(n)\n" + WORLD.replace("__spec__", "__spec__.name"), "pkg/mod.py")
     runner.script("raise ValueError('in a package')", "pkg/__main__.py")
     same("-m", "pkg.mod", "-m", "--x")
     same("-m", "pkg")

@@ -30,9 +30,7 @@ def test_python_flags(line: str, flags: list[str]) -> None:
 
 
 def test_after_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "late_module.py").write_text(
-        "import sys\nx = 1\nloader = __spec__.loader\nassert __loader__ is loader"
-    )
+    (tmp_path / "late_module.py").write_text("import sys\nx = 1\nloader = __spec__.loader\nassert __loader__ is loader")
     monkeypatch.syspath_prepend(str(tmp_path))
     before = list(sys.meta_path)
     seen: list[int] = []
@@ -108,9 +106,7 @@ def test_the_build_of_torch_is_read_without_importing_it() -> None:
 
 
 def test_config_reads_back() -> None:
-    config = Config(
-        workers=2, lanes="workers", log_dir=Path("/l"), timeout_s=2.5, run_dir=Path("/r"), strict=True
-    )
+    config = Config(workers=2, lanes="workers", log_dir=Path("/l"), timeout_s=2.5, run_dir=Path("/r"), strict=True)
     assert Config.from_env(config.to_env()) == config
     assert Config.from_env({}) == Config()
 

@@ -35,9 +35,7 @@ def wait_gone(pids: list[int], timeout_s: float = 5) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT]
-)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT])
 def test_a_signal_to_the_launcher_is_the_scripts(runner: Runner, number: signal.Signals) -> None:
     runner.script(SLEEP)
     launcher, lead = started(runner, "--lanes", "serial")
@@ -68,9 +66,7 @@ def test_a_signal_of_the_script_to_its_group_comes_once(runner: Runner) -> None:
 
 
 def test_ignored_signals_stay_ignored(runner: Runner) -> None:
-    runner.script(
-        UP + "print(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN, signal.pthread_sigmask(0, []))"
-    )
+    runner.script(UP + "print(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN, signal.pthread_sigmask(0, []))")
     ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
     launcher = runner.start("--lanes", "serial", "train.py", preexec_fn=ignore)
     assert ended(launcher)[1].endswith(b"True set()\n")
@@ -141,9 +137,7 @@ def test_the_death_of_a_worker_is_told_and_the_script_goes_on(runner: Runner) ->
     time.sleep(0.3)
     code, out, err = ended(launcher)
     assert (code, out) == (0, b"through\n")
-    assert err.startswith(
-        f"mpsrun: worker 1 (pid {worker.pid}) was killed by SIGKILL; last line of ".encode()
-    )
+    assert err.startswith(f"mpsrun: worker 1 (pid {worker.pid}) was killed by SIGKILL; last line of ".encode())
     assert err.count(b"\n") == 1
 
 

@@ -68,9 +68,7 @@ def test_a_missing_program(pipe_dir: Path, monkeypatch: pytest.MonkeyPatch) -> N
         Control(pipe_dir).server_list()
 
 
-def test_no_process_of_a_command_is_left(
-    fake_program: Path, pipe_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_process_of_a_command_is_left(fake_program: Path, pipe_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_MPS", "hang")
     with pytest.raises(ControlError):
         Control(pipe_dir, deadline_s=0.2).server_list()

@@ -30,9 +30,7 @@ def use(config: Config, has_gpu: bool = True) -> AbstractContextManager[None]:
     return cuda_mps(config, has_gpu, "" if has_gpu else "no NVIDIA driver is loaded", start_guard)
 
 
-def test_a_private_daemon(
-    fake_program: Path, pipe_dir: Path, config: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_private_daemon(fake_program: Path, pipe_dir: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     monkeypatch.setenv("FAKE_MPS_DAEMON", "slow")
     with use(config):
@@ -85,10 +83,7 @@ def test_a_daemon_that_cannot_start(
     monkeypatch.setenv("FAKE_MPS_DAEMON", "fails")
     with use(config):
         assert os.environ[PIPE_DIRECTORY] == str(pipe_dir)
-    assert (
-        "no CUDA MPS (the CUDA MPS daemon ended at its start: Insufficient permissions)"
-        in capfd.readouterr().err
-    )
+    assert "no CUDA MPS (the CUDA MPS daemon ended at its start: Insufficient permissions)" in capfd.readouterr().err
 
 
 def test_a_daemon_that_never_answers(
@@ -116,9 +111,7 @@ def test_on_without_a_gpu_or_a_program(
     assert capfd.readouterr().err.count("no CUDA MPS (no nvidia-cuda-mps-control on PATH)") == 1
 
 
-def test_off_keeps_clear_of_a_daemon_in_the_default_place(
-    fake_program: Path, pipe_dir: Path, config: Config
-) -> None:
+def test_off_keeps_clear_of_a_daemon_in_the_default_place(fake_program: Path, pipe_dir: Path, config: Config) -> None:
     with use(Config(workers=1, run_dir=config.run_dir, mps="off")):
         assert not Path(os.environ[PIPE_DIRECTORY]).exists()
 

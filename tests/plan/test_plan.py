@@ -30,6 +30,15 @@ def test_cost_is_the_slowest_of_launching_computing_and_moving() -> None:
     assert branch_us(Branch((), kernels=1, bytes=10**10), GPU) == 30_000
 
 
+def test_the_rest_of_the_network_stays() -> None:
+    """An early head goes to a worker; what it stands beside has regions of its own, which would be lost there."""
+    head_and_rest = region(10, 500)
+    assert plan_region(head_and_rest, [1, 2], GPU, forced=True) == Assignment((0, 1))
+    assert plan_region(head_and_rest, [1, 2], GPU, forced=True, nesting=[1]) == Assignment((1, 0))
+    towers = region(100, 100, 100)
+    assert plan_region(towers, [1, 2], GPU, forced=True, nesting=[0, 1, 2]) == Assignment((0, 1, 2))
+
+
 def test_shortest_branch_stays_and_the_rest_spreads() -> None:
     plan = plan_region(region(10, 100, 60, 50), [1, 2], GPU, forced=False)
     assert plan == Assignment((0, 1, 2, 0))  # the lead has 300 us of crossing beside the first branch's

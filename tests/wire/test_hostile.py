@@ -88,13 +88,9 @@ HOSTILE: dict[str, m.ToWorker] = {
     "path through a module": m.Load(10**6, program("torch.utils.cpp_extension.load", "x")),
     "reference to itself": m.Load(10**6, program("torch.add", Ref(1), Ref(1))),
     "reference out of range": m.Load(10**6, program("torch.add", Ref(7), Ref(0))),
-    "binding outside a chunk": m.Bind(
-        10**6, [m.Static(0, TensorRef(0, 1 << 40, (4,), (1,), "float32"), False)]
-    ),
+    "binding outside a chunk": m.Bind(10**6, [m.Static(0, TensorRef(0, 1 << 40, (4,), (1,), "float32"), False)]),
     "dtype that is code": m.Bind(10**6, [m.Static(0, TensorRef(0, 0, (4,), (1,), "load"), False)]),
-    "second start": m.Start(
-        m.PROTOCOL + 1, "cpu", 0, ChunkHandle(0, 4096, b"/dev/zero"), 0, 1, 1, "/dev/zero"
-    ),
+    "second start": m.Start(m.PROTOCOL + 1, "cpu", 0, ChunkHandle(0, 4096, b"/dev/zero"), 0, 1, 1, "/dev/zero"),
 }
 
 
@@ -236,9 +232,7 @@ class TestWorkers:
     def test_no_message_on_the_socket(self, expendable: Coordinator) -> None:
         """Somebody of this user sends noise: what arrives between two messages of the lead is refused."""
         pair = Pair(expendable)
-        send(
-            expendable.settings.worker_socket(pair.victim), *NO_MESSAGE.values(), bytes(codec.LIMIT_BYTES + 1)
-        )
+        send(expendable.settings.worker_socket(pair.victim), *NO_MESSAGE.values(), bytes(codec.LIMIT_BYTES + 1))
         with expendable.lock:
             expendable.links[pair.victim - 1].send(m.Count())
         for _ in range(3):
