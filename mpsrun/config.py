@@ -49,11 +49,6 @@ class Config:
         return max(1, min(AUTO_WORKERS, available_cores() - 1))
 
     @property
-    def lead_socket(self) -> str:
-        """Address on which the lead receives control messages."""
-        return socket_address(self._in_run_dir("lead"))
-
-    @property
     def report_socket(self) -> str:
         """Address on which the lead receives reports."""
         return socket_address(self._in_run_dir("report"))

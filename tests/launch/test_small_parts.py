@@ -127,7 +127,7 @@ def test_worker_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_paths_need_a_run_directory_of_a_length() -> None:
     with pytest.raises(MpsrunError, match="expected a run directory"):
-        _ = Config().lead_socket
+        _ = Config().report_socket
     with pytest.raises(UsageError, match="at most 100 bytes, found 101"):
         socket_address(Path("/" + "x" * 100))
     assert socket_address(Path("/" + "x" * 99)) == "ipc:///" + "x" * 99
