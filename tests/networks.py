@@ -420,3 +420,10 @@ SMALL = {
     "channels last": Case(ChannelsLast, images, (2, 2)),
     "modes inside": Case(ModesInside, rows, (2,)),
 }
+
+
+def why_not_here(name: str) -> str | None:
+    """Why torch itself cannot compile one of these networks in this version."""
+    if name == "recurrent" and torch.__version__ < (2, 12):
+        return "fake tensors of torch 2.11 give an LSTM's state another shape"
+    return None

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from networks import SMALL, GoogLeNet, Three, images
+from networks import SMALL, GoogLeNet, Three, images, why_not_here
 from torch import Tensor, nn
 from transparency import assert_same, assert_transparent, on_lanes
 
@@ -34,6 +34,8 @@ def test_all_processes_are_clients(on_gpu: Coordinator) -> None:
 @pytest.mark.parametrize("name", SMALL)
 def test_small_networks(on_gpu: Coordinator, name: str) -> None:
     """The same list as on the CPU; random ops may leave the lead here, and draw the same numbers."""
+    if reason := why_not_here(name):
+        pytest.skip(reason)
     case = SMALL[name]
     used = None if name == "dropout" else case.used
     options = {"used": used, "forward_only": case.forward_only, "device": "cuda"}
