@@ -104,7 +104,8 @@ class Cutter:
         state = modes.ambient(device.type)
         laned = list(zip(region.branches, assignment.lanes, strict=True))
         own = tuple(node for branch, lane in laned if not lane for node in branch.nodes)
-        starts, total = _random_starts(region, seen)
+        places, total = _random_starts(region, seen)
+        starts = places
         groups: dict[frozenset[int], list[tuple[Branch, int]]] = {}
         for branch, lane in laned:
             if lane:
@@ -122,12 +123,11 @@ class Cutter:
             jobs |= {branch: job_of[lane] for branch, lane in group}
             # The first strand takes the whole region's share of the random sequence; the others count from its end.
             starts, total = {node: start - total for node, start in starts.items()}, 0
-        starts, _ = _random_starts(region, seen)
         return Cut(
             tuple(strands),
             tuple(jobs.get(b, 0) for b in region.branches),
             own,
-            {node: starts[node] for node in own if node in starts},
+            {node: places[node] for node in own if node in places},
         )
 
     def _parts(self, laned: Sequence[tuple[Branch, int]], seen: Observation, state: State) -> list[_Part]:
