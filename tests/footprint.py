@@ -57,10 +57,17 @@ def _processes() -> frozenset[str]:
 
 
 def _lives(process: psutil.Process) -> bool:
+    """Whether it is there, and nobody else's to end: a CUDA MPS server comes and goes with its control daemon."""
     try:
-        return process.status() != psutil.STATUS_ZOMBIE
+        return process.status() != psutil.STATUS_ZOMBIE and not _is_server_of_a_daemon(process)
     except psutil.NoSuchProcess:
         return False
+
+
+def _is_server_of_a_daemon(process: psutil.Process) -> bool:
+    parent = process.parent()
+    names = [Path((p.cmdline() or [""])[0]).name.strip() for p in (process, parent) if p is not None]
+    return names == ["nvidia-cuda-mps-server", "nvidia-cuda-mps-control"]
 
 
 def _describe(process: psutil.Process) -> str:

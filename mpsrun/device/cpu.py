@@ -22,7 +22,7 @@ from mpsrun.errors import MpsrunError, NotShippable
 
 ALIGN_BYTES = 64
 COUNTER_STRIDE = 16  # words: one counter a cache line
-MAX_COUNTERS = 64
+MAX_COUNTERS = 128
 
 _DESCRIPTOR = re.compile(r"/proc/\d+/fd/\d+")
 _SHARED = ("/memfd:", "/dev/shm/torch_")  # noqa: S108 - ours, and what torch itself shares

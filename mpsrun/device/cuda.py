@@ -6,9 +6,11 @@ the CPU. This is the only file that talks to the CUDA driver.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,11 +20,24 @@ from mpsrun.device.base import Chunk, ChunkHandle, TensorRef, dtype_name
 from mpsrun.errors import MpsrunError, NotShippable
 
 COUNTER_STRIDE_BYTES = 64
-MAX_COUNTERS = 64
+MAX_COUNTERS = 128
 
-_WAIT = driver.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WAIT_VALUE_32
-_WRITE = driver.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WRITE_VALUE_32
+_WAIT = int(driver.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WAIT_VALUE_32)
+_WRITE = int(driver.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WRITE_VALUE_32)
+_BUFFER_ID = int(driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_BUFFER_ID)
 _REACHED = int(driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ)
+
+
+class _Operation(ctypes.Structure):
+    """CUstreamBatchMemOpParams, as far as waits and writes of 32 bits use it."""
+
+    _fields_ = (
+        ("operation", ctypes.c_uint32),
+        ("address", ctypes.c_uint64),
+        ("value", ctypes.c_uint64),
+        ("flags", ctypes.c_uint32),
+        ("padding", ctypes.c_uint64 * 2),
+    )
 
 
 class _Span:
@@ -50,8 +65,10 @@ class CudaDevice:
         self._ids = itertools.count()
         self._own: set[int] = set()  # addresses of the chunks that this process allocated
         self._exports: dict[int, tuple[int, ChunkHandle]] = {}  # address and handle, by buffer id of the driver
+        self._buffers: dict[int, tuple[int, int]] = {}  # address and buffer id, by exported chunk
         self._counters: Chunk | None = None
-        self._operations: dict[tuple[bool, tuple[int, ...]], list[Any]] = {}
+        self._operations: dict[tuple[int, tuple[int, ...]], ctypes.Array[_Operation]] = {}
+        self._batch = _driver_function("cuStreamBatchMemOp_v2", "pIpI")
         self._submitting = threading.Lock()
         # Another priority is another hardware queue: not the one in which a waiting stream is held.
         self._peek_stream = torch.cuda.Stream(index, priority=-1)
@@ -104,11 +121,15 @@ class CudaDevice:
 
     def exported(self) -> dict[int, ChunkHandle]:
         self._exports = {i: entry for i, entry in self._exports.items() if _buffer_id(entry[0]) == i}
+        self._buffers = {handle.id: (address, i) for i, (address, handle) in self._exports.items()}
         return {handle.id: handle for _, handle in self._exports.values()}
 
     def holds(self, chunks: Sequence[int]) -> bool:
-        known = {handle.id: (address, i) for i, (address, handle) in self._exports.items()}
-        return all(chunk in known and _buffer_id(known[chunk][0]) == known[chunk][1] for chunk in chunks)
+        for chunk in chunks:
+            address, buffer_id = self._buffers.get(chunk, (0, 0))
+            if not address or _buffer_id(address) != buffer_id:
+                return False
+        return True
 
     def _export(self, tensor: torch.Tensor) -> TensorRef:
         address = tensor.data_ptr()
@@ -137,34 +158,32 @@ class CudaDevice:
         self._operations.clear()
 
     def signal(self, counters: Sequence[int], values: Sequence[int]) -> None:
-        self._submit(False, counters, values)
+        self._submit(_WRITE, counters, values)
 
     def wait(self, counters: Sequence[int], values: Sequence[int], timeout_s: float) -> None:  # noqa: ARG002
-        self._submit(True, counters, values)
+        self._submit(_WAIT, counters, values)
 
-    def _submit(self, wait: bool, counters: Sequence[int], values: Sequence[int]) -> None:
+    def _submit(self, kind: int, counters: Sequence[int], values: Sequence[int]) -> None:
         """One driver call for all counters; the parameter structs are made once for each set of counters."""
         if not counters:
             return
-        key = (wait, tuple(counters))
+        key = (kind, tuple(counters))
         with self._submitting:  # two threads may use the same structs
             operations = self._operations.get(key)
             if operations is None:
-                operations = self._operations[key] = [self._operation(wait, counter) for counter in counters]
+                operations = self._operations[key] = self._new_operations(kind, counters)
             for operation, value in zip(operations, values, strict=True):
-                (operation.waitValue if wait else operation.writeValue).value = value
-            status = driver.cuStreamBatchMemOp(self.stream_key(), len(operations), operations, 0)[0]
-        _check(status, "cuStreamBatchMemOp")
+                operation.value = value
+            status = self._batch(self.stream_key(), len(operations), operations, 0)
+        if status:
+            raise MpsrunError(f"cuStreamBatchMemOp failed: {driver.CUresult(status).name}")
 
-    def _operation(self, wait: bool, counter: int) -> Any:
+    def _new_operations(self, kind: int, counters: Sequence[int]) -> ctypes.Array[_Operation]:
         if self._counters is None:
             raise MpsrunError("expected bind_counters before the first signal or wait")
-        parameters = driver.CUstreamBatchMemOpParams()
-        part = parameters.waitValue if wait else parameters.writeValue
-        part.operation = _WAIT if wait else _WRITE
-        part.address = self._counters.memory.data_ptr() + counter * COUNTER_STRIDE_BYTES
-        part.flags = _REACHED if wait else 0
-        return parameters
+        base, flags = self._counters.memory.data_ptr(), _REACHED if kind == _WAIT else 0
+        made = (_Operation(kind, base + counter * COUNTER_STRIDE_BYTES, 0, flags) for counter in counters)
+        return (_Operation * len(counters))(*made)
 
     def read_counters(self, wait: bool = False) -> list[int] | None:
         """The last finished peek, if any, while the next one is on its way; with `wait` a fresh one."""
@@ -200,11 +219,22 @@ class CudaDevice:
         torch.cuda.synchronize(self.index)
 
 
+@functools.cache
+def _driver_function(name: str, kinds: str) -> Callable[..., int]:
+    """A function of the driver for what every step calls; `kinds` are p (pointer) or I (unsigned) by argument.
+
+    By way of ctypes: cuda-bindings makes and checks new objects in each call, which takes longer than the driver.
+    """
+    function = ctypes.CDLL("libcuda.so.1")[name]
+    function.argtypes = [ctypes.c_void_p if kind == "p" else ctypes.c_uint for kind in kinds]
+    return function
+
+
 def _buffer_id(address: int) -> int | None:
     """What tells one allocation from a later one at the same address; None where nothing is allocated there."""
-    attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_BUFFER_ID
-    status, value = driver.cuPointerGetAttribute(attribute, address)
-    return int(value) if status == driver.CUresult.CUDA_SUCCESS else None
+    found = ctypes.c_uint64()
+    status = _driver_function("cuPointerGetAttribute", "pIp")(ctypes.addressof(found), _BUFFER_ID, address)
+    return None if status else found.value
 
 
 def _call(name: str, answer: tuple[Any, ...]) -> Any:

@@ -16,6 +16,7 @@ from mpsrun.graph.regions import Region, find_regions
 from mpsrun.plan.cost import MACHINES
 from mpsrun.plan.plan import Declined, plan_region
 from mpsrun.run import philox, report, session
+from mpsrun.run.binding import Binding
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.lower import Lowered, lower
 from mpsrun.run.overlaps import Overlaps
@@ -73,6 +74,7 @@ class _Special:
     epoch: int
     regions: list[Lowered]
     run: Callable[..., Any]
+    binding: Binding
     reports: list[report.RegionReport]
     ready: bool = False
 
@@ -117,6 +119,7 @@ class Graph:
             for region in found.regions
         }
         self._overlaps = Overlaps(gm, self._effects)
+        self._position = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
         if not found.regions:
             self.summary.note("no branches that do not depend on each other")
             return
@@ -173,6 +176,12 @@ class Graph:
             special.ready = all(coordinator.is_ready(c) for r in special.regions for c in r.crossings)
             if not special.ready:
                 return self._gm.forward(*args)
+        try:
+            special.binding.follow(args)
+        except NotShippable as error:  # memory that no worker can see
+            log.detail(f"a network runs in the lead: {error}")
+            return self._gm.forward(*args)
+        coordinator.read_flags()
         if special.reports:
             self.summary.called(special.reports)
         return special.run(*args)
@@ -186,16 +195,18 @@ class Graph:
         epoch = coordinator.epoch
         regions = self._cut_all(coordinator, observer.observation)
         regions, run = self._lower(regions)
+        strands = [strand for lowered in regions for strand in lowered.cut.strands]
         try:
-            for strand in (strand for lowered in regions for strand in lowered.cut.strands):
+            for strand in strands:
                 coordinator.prepare(strand.crossing, [observer.values.get(node) for node in strand.args])
         except NotShippable as error:
             self.summary.note(str(error))
-            regions, run = [], self._gm.forward
+            regions, run, strands = [], self._gm.forward, []
+        binding = Binding(coordinator, strands, self._position)
         while len(self._specials) >= MOST_SPECIALS:
             del self._specials[next(iter(self._specials))]
         reports = [self.summary.accept(r.region, r.lanes, r.cut.jobs) for r in regions]
-        special = self._specials[key] = _Special(epoch, regions, run, reports)
+        special = self._specials[key] = _Special(epoch, regions, run, binding, reports)
         if self._forced and not coordinator.wait_ready([c for r in regions for c in r.crossings]):
             log.say("the workers did not get ready in time; the network runs in the lead until they are")
         special.ready = not regions

@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,14 +16,16 @@ from mpsrun.config import Config, available_cores
 from mpsrun.device import ChunkHandle, Device
 from mpsrun.device.arena import Arena, Room
 from mpsrun.errors import WorkerError
+from mpsrun.run import state as modes
 from mpsrun.run.crossing import Crossing, Share
-from mpsrun.run.link import Link
+from mpsrun.run.link import SEQUENCE_MASK, SUBMITTED, Link
 from mpsrun.run.standin import StandIn
 from mpsrun.run.watcher import Watcher
 from mpsrun.wire import messages as m
 from mpsrun.wire.channel import LeadChannel
 
-COUNTER_BYTES = 4096
+COUNTER_BYTES = 8192
+LEVEL_EVERY = 1 << 29
 GRACE = 2.0  # a wait outlasts the watchdog by this factor, so that the watchdog is what ends it
 
 
@@ -57,7 +59,10 @@ class Coordinator:
             end_worker,
             lambda: when_started(self),
         )
+        self.flags = modes.flags()
         self._ids = itertools.count(1)
+        self._sequence = 0
+        self._graph_task = -1
         self._retired: deque[tuple[Room, int, Sequence[tuple[int, int]]]] = deque()
         self._abandoned: deque[tuple[tuple[Link, ...], int]] = deque()
         self._forgotten: deque[tuple[Link, int, int]] = deque()
@@ -71,6 +76,24 @@ class Coordinator:
 
     def next_invocation(self) -> int:
         return next(self._ids)
+
+    def next_sequence(self) -> int:
+        """The number of the next submission; work of several workers shares one."""
+        self._sequence = (self._sequence + 1) & SEQUENCE_MASK
+        if not self._sequence % LEVEL_EVERY:
+            self._level()
+        return self._sequence
+
+    def read_flags(self) -> None:
+        """Note the global settings of the script: once a call of a graph, in which they cannot change."""
+        self.flags = modes.flags()
+
+    def read_flags_in_backward(self) -> None:
+        """Note the global settings once for each backward pass of autograd's."""
+        task = torch._C._current_graph_task_id()
+        if task != self._graph_task:
+            self._graph_task = task
+            self.read_flags()
 
     def check(self) -> None:
         """Raise what the watching thread could not raise itself: a worker's error under --strict, a failed stand-in."""
@@ -109,11 +132,12 @@ class Coordinator:
         """
         if self._abandoned or self._forgotten:
             self._tidy()
+        now_s = time.monotonic()
         for share, message, forward in work:
-            share.link.remember(message, forward, share)
+            share.link.remember(message, forward, share, now_s)
         if self.device.kind == "cuda":
             self._keep_order()
-            self.device.signal([share.link.submitted for share, _, _ in work], [message.seq for _, message, _ in work])
+            self.device.signal((SUBMITTED,), (self._sequence,))
         for share, message, _ in work:
             share.link.send_step(message)
 
@@ -134,7 +158,7 @@ class Coordinator:
         except TimeoutError as error:
             raise WorkerError(f"a worker did not answer, and neither did its stand-in: {error}") from error
 
-    def bind(self, crossing: Crossing, args: Sequence[Any]) -> None:
+    def bind(self, crossing: Crossing, args: Sequence[Any] | Mapping[int, Any]) -> None:
         """Make sure that the workers see the parameters and buffers where they are now."""
         for share in crossing.shares:
             tensors = [args[i] for i in share.static_args]
@@ -231,6 +255,13 @@ class Coordinator:
             link.forget(layouts, jobs)
             self._standin.forget(layouts, jobs)
 
+    def _level(self) -> None:
+        """Lift the counters of idle workers: left too far behind, they would seem to be ahead."""
+        for link in self.links:
+            self._wait((link.done,), (link.last,))
+            link.last = (self._sequence - 1) & SEQUENCE_MASK
+            self.device.signal((link.done,), (link.last,))
+
     def _keep_order(self) -> None:
         """A worker's counter must grow in the order of its messages, whatever stream they are submitted from."""
         stream = self.device.stream_key()
@@ -244,7 +275,7 @@ class Coordinator:
         counters = self._counters.handle
         ring = self._channel.ring_of(link.index)
         kind = self.device.kind
-        link.send(m.Start(m.PROTOCOL, kind, index, counters, link.submitted, link.done, threads, ring))
+        link.send(m.Start(m.PROTOCOL, kind, index, counters, SUBMITTED, link.done, threads, ring))
 
     # ---- the end
 

@@ -102,7 +102,6 @@ class Crossing:
     def __post_init__(self) -> None:
         self.token = torch.zeros(1, device=self.device)
         self.done = tuple(share.link.done for share in self.shares)
-        self.submitted = tuple(share.link.submitted for share in self.shares)
         self._gatherings: dict[tuple[bool, ...], Gathering] = {}
         self._refs = {
             "inputs": [place.tensor for place in self.inputs],
@@ -168,13 +167,13 @@ class Invocation:
         self.forwards: dict[int, m.Forward] = {}
         self.gradients: tuple[torch.Tensor | None, ...] | None = None
         self.backward: BackwardWork | None = None
-        self.sequence: tuple[int, ...] = ()
+        self.sequence = 0
         self.joined = False
         self.asked: frozenset[Link] = frozenset()  # the workers that backward was handed out to
         self.random_start = 0
 
     def pending(self) -> list[tuple[int, int]]:
-        return [] if self.joined else list(zip(self.crossing.done, self.sequence, strict=False))
+        return [] if self.joined or not self.forwards else [(done, self.sequence) for done in self.crossing.done]
 
     def release(self) -> None:
         """Give the slot back; what the workers still do in it is waited for by whoever takes it next."""
@@ -205,13 +204,13 @@ class Invocation:
 
 @dataclass(eq=False)
 class BackwardWork:
-    """A backward under way: its slot, who does what, and the numbers to wait for."""
+    """A backward under way: its slot, who does what, and the number that their counters will reach."""
 
     room: Room
     gathering: Gathering
     counters: tuple[int, ...]
-    sequence: tuple[int, ...]
+    sequence: int
     done: bool = False
 
     def pending(self) -> list[tuple[int, int]]:
-        return [] if self.done else list(zip(self.counters, self.sequence, strict=True))
+        return [] if self.done else [(counter, self.sequence) for counter in self.counters]

@@ -172,22 +172,21 @@ class Executor:
 
 
 def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    """Copy each source into its target: one launch a dtype for many small tensors on a GPU; nothing is recorded."""
-    if not targets:
-        return
+    """Copy each source into its target: one launch a dtype for many small tensors on a GPU.
+
+    Nothing is recorded: sources that require a gradient are for callers under `no_grad`.
+    """
     if len(targets) <= FEW:
-        with torch.no_grad():
-            for target, source in zip(targets, sources, strict=True):
-                target.copy_(source)
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
         return
     groups: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
     for target, source in zip(targets, sources, strict=True):
         group = groups.setdefault(target.dtype, ([], []))
         group[0].append(target)
         group[1].append(source)
-    with torch.no_grad():
-        for some, others in groups.values():
-            torch._foreach_copy_(some, others)
+    for some, others in groups.values():
+        torch._foreach_copy_(some, others)
 
 
 def _grad(

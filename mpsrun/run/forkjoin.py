@@ -16,11 +16,9 @@ from typing import Any
 import torch
 
 from mpsrun import log
-from mpsrun.errors import NotShippable
 from mpsrun.graph.program import build
 from mpsrun.graph.state import applied
 from mpsrun.run import philox
-from mpsrun.run import state as modes
 from mpsrun.run.crossing import BackwardWork, Crossing, Invocation, Share
 from mpsrun.run.executor import copy_all
 from mpsrun.wire import messages as m
@@ -39,12 +37,8 @@ def fork(crossing: Crossing, args: tuple[Any, ...]) -> tuple[Invocation | _Here,
     invocation = Invocation(crossing, args)
     try:
         with crossing.owner.lock:
-            crossing.owner.bind(crossing, args)
             invocation.room = crossing.owner.take(crossing.forward_bytes)
-    except (
-        NotShippable,
-        torch.OutOfMemoryError,
-    ) as error:  # memory that no worker can see, or none for the arena
+    except torch.OutOfMemoryError as error:  # no memory for the arena
         log.detail(f"a region runs in the lead: {error}")
         return _compute_here(crossing, args), None
     if not crossing.grad:
@@ -85,16 +79,16 @@ def _publish(invocation: Invocation, args: Sequence[Any]) -> None:
         if room is None:
             raise RuntimeError("mpsrun: an invocation without a slot")
         targets = crossing.tensors(room, "inputs")
-        copy_all(targets, [args[place.index].detach() for place in crossing.inputs])
+        copy_all(targets, [args[place.index] for place in crossing.inputs])
         slot = m.Slot(room.chunk.id, room.offset_bytes)
         rngs, invocation.random_start = philox.reserve(crossing)
-        flags, work = modes.flags(), []
+        invocation.sequence = seq = owner.next_sequence()
+        work = []
         for share, rng in zip(crossing.shares, rngs, strict=True):
-            seq, changed = share.link.next_sequence(), share.link.changed_flags(flags)
+            changed = share.link.changed_flags(owner.flags)
             message = m.Forward(seq, invocation.id, share.layout.layout, slot, invocation.state, changed, rng)
             invocation.forwards[share.job] = message
             work.append((share, message, message))
-        invocation.sequence = tuple(message.seq for _, message, _ in work)
         owner.submit(work)
 
 
@@ -104,7 +98,7 @@ def _take(invocation: Invocation) -> tuple[torch.Tensor, ...]:
     room, args = invocation.room, invocation.args
     if room is None or args is None:
         raise RuntimeError("mpsrun: a Join without its Fork")
-    owner.wait(crossing.done, invocation.sequence)
+    owner.wait(crossing.done, (invocation.sequence,) * len(crossing.done))
     invocation.joined = True
     if crossing.writes:
         fresh = crossing.tensors(room, "writes")
@@ -174,6 +168,7 @@ def _publish_gradients(invocation: Invocation, gradients: Sequence[torch.Tensor 
             "Trying to backward through the graph a second time (or directly access saved tensors after they have "
             "already been freed). Specify retain_graph=True if you need to backward through the graph a second time."
         )
+    owner.read_flags_in_backward()
     keep = bool(torch._C._autograd._get_current_graph_task_keep_graph())
     gathering = crossing.gathering(tuple(gradient is not None for gradient in gradients))
     if not gathering.work:
@@ -183,15 +178,14 @@ def _publish_gradients(invocation: Invocation, gradients: Sequence[torch.Tensor 
         room = owner.take(crossing.backward_bytes)
         views = crossing.tensors(room, "grad_outputs")
         copy_all([views[i] for i in gathering.outputs], [g for g in gradients if g is not None])
-        slot, flags, work = m.Slot(room.chunk.id, room.offset_bytes), modes.flags(), []
+        slot, seq, work = m.Slot(room.chunk.id, room.offset_bytes), owner.next_sequence(), []
         for share, present, reached in gathering.work:
-            seq, changed = share.link.next_sequence(), share.link.changed_flags(flags)
+            changed = share.link.changed_flags(owner.flags)
             layout = share.layout.layout
             message = m.Backward(seq, invocation.id, layout, slot, present, reached, keep, changed)
             work.append((share, message, invocation.forwards[share.job]))
         counters = tuple(share.link.done for share, _, _ in work)
-        sequence = tuple(message.seq for _, message, _ in work)
-        invocation.backward = BackwardWork(room, gathering, counters, sequence)
+        invocation.backward = BackwardWork(room, gathering, counters, seq)
         invocation.asked = frozenset(share.link for share, _, _ in work)
         owner.submit(work)
 
@@ -199,7 +193,7 @@ def _publish_gradients(invocation: Invocation, gradients: Sequence[torch.Tensor 
 def _collect(invocation: Invocation, backward: BackwardWork) -> list[torch.Tensor | None]:
     """The gradients of everything that Fork took, in memory that may be kept."""
     crossing = invocation.crossing
-    crossing.owner.wait(backward.counters, backward.sequence)
+    crossing.owner.wait(backward.counters, (backward.sequence,) * len(backward.counters))
     backward.done = True
     found: dict[int, torch.Tensor] = {}
     singles = crossing.tensors(backward.room, "singles")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mpsrun.run.crossing import Share
 
 SEQUENCE_MASK = 0xFFFFFFFF
+SUBMITTED = 0  # the counter with the last sequence number that the lead's streams have released to the workers
 
 
 class Task(NamedTuple):
@@ -42,15 +43,15 @@ class Link:
 
     def __init__(self, index: int, channel: LeadChannel) -> None:
         self.index = index
-        self.submitted, self.done = 2 * (index - 1), 2 * (index - 1) + 1
+        self.done = index  # the counter which says what this worker has done
         self.pid: int | None = None
         self.started = False
         self.lost: str | None = None
         self.prepared: set[int] = set()
         self.tasks: deque[Task] = deque()
+        self.last = 0  # the sequence number of its latest work
         self.counts: m.Counts | None = None
         self._channel = channel
-        self._sequence = 0
         self._flags: m.Flags | None = None
         self._mapped: set[int] = set()
         self._pidfd: int | None = None
@@ -76,22 +77,19 @@ class Link:
         poller.register(self._pidfd, select.POLLIN)
         return bool(poller.poll(0))
 
-    def next_sequence(self) -> int:
-        self._sequence = (self._sequence + 1) & SEQUENCE_MASK
-        return self._sequence
-
     def changed_flags(self, flags: m.Flags) -> m.Flags | None:
         """The global settings, if they are not what this worker was told last."""
-        return None if flags == self._flags else flags
+        return None if flags is self._flags else flags
 
     def send(self, message: m.ToWorker) -> None:
         """Tell the worker something. A lost one is not told anything."""
         if self.lost is None:
             self._channel.send(self.index, message)
 
-    def remember(self, message: m.Forward | m.Backward, forward: m.Forward, share: Share) -> None:
+    def remember(self, message: m.Forward | m.Backward, forward: m.Forward, share: Share, now_s: float) -> None:
         """Note what is owed from now on, whether it can be sent or not."""
-        self.tasks.append(Task(message.seq, message, forward, share, time.monotonic()))
+        self.last = message.seq
+        self.tasks.append(Task(message.seq, message, forward, share, now_s))
 
     def send_step(self, message: m.Forward | m.Backward) -> None:
         """Send work that is remembered."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -36,9 +37,13 @@ def ambient(device: str) -> State:
 
 
 def flags() -> Flags:
-    """The global settings that change what a kernel computes."""
-    values: list[tuple[str, bool | int | str]] = [(name, read()) for name, (read, _) in _SETTINGS.items()]
-    return Flags(tuple(values))
+    """The global settings that change what a kernel computes; as a rule the same object where they are the same."""
+    return _flags(tuple([read() for read in _READS]))
+
+
+@functools.lru_cache(maxsize=16)
+def _flags(values: tuple[bool | int | str, ...]) -> Flags:
+    return Flags(tuple(zip(_SETTINGS, values, strict=True)))
 
 
 def apply_flags(settings: Flags | None) -> None:
@@ -55,8 +60,8 @@ def _attribute(owner: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any]
 
 def _precision(backend: str, operation: str) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
     return (
-        lambda: torch._C._get_fp32_precision_getter(backend, operation),
-        lambda value: torch._C._set_fp32_precision_setter(backend, operation, value),
+        functools.partial(torch._C._get_fp32_precision_getter, backend, operation),
+        functools.partial(torch._C._set_fp32_precision_setter, backend, operation),
     )
 
 
@@ -65,9 +70,9 @@ def _precision(backend: str, operation: str) -> tuple[Callable[[], Any], Callabl
 _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "deterministic": (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
     "fill_uninitialized": _attribute(torch.utils.deterministic, "fill_uninitialized_memory"),
-    "cudnn.enabled": _attribute(torch.backends.cudnn, "enabled"),
-    "cudnn.benchmark": _attribute(torch.backends.cudnn, "benchmark"),
-    "cudnn.deterministic": _attribute(torch.backends.cudnn, "deterministic"),
+    "cudnn.enabled": (torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled),
+    "cudnn.benchmark": (torch._C._get_cudnn_benchmark, torch._C._set_cudnn_benchmark),
+    "cudnn.deterministic": (torch._C._get_cudnn_deterministic, torch._C._set_cudnn_deterministic),
     "mkldnn.enabled": (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
     "fp16_reduction": (
         lambda: torch._C._get_cublas_allow_fp16_reduced_precision_reduction()[0],
@@ -77,12 +82,10 @@ _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
         lambda: torch._C._get_cublas_allow_bf16_reduced_precision_reduction()[0],
         lambda value: setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", value),
     ),
-    "sdp.flash": (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
-    "sdp.efficient": (
-        torch.backends.cuda.mem_efficient_sdp_enabled,
-        torch.backends.cuda.enable_mem_efficient_sdp,
-    ),
-    "sdp.math": (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
-    "sdp.cudnn": (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+    "sdp.flash": (torch._C._get_flash_sdp_enabled, torch._C._set_sdp_use_flash),
+    "sdp.efficient": (torch._C._get_mem_efficient_sdp_enabled, torch._C._set_sdp_use_mem_efficient),
+    "sdp.math": (torch._C._get_math_sdp_enabled, torch._C._set_sdp_use_math),
+    "sdp.cudnn": (torch._C._get_cudnn_sdp_enabled, torch._C._set_sdp_use_cudnn),
     **{f"{backend}.{op}": _precision(backend, op) for backend, op in _PRECISIONS},
 }
+_READS = [read for read, _ in _SETTINGS.values()]

@@ -13,7 +13,7 @@ from mpsrun import log
 from mpsrun.config import Config
 from mpsrun.device import Device
 from mpsrun.errors import MpsrunError, WorkerError
-from mpsrun.run.link import Link, Task
+from mpsrun.run.link import SUBMITTED, Link, Task
 from mpsrun.run.standin import StandIn
 from mpsrun.wire import messages as m
 from mpsrun.wire.channel import LeadChannel
@@ -132,7 +132,7 @@ class Watcher:
             return
         for link in self._links:
             if link.lost is None:
-                submitted = None if self._device.kind == "cpu" else counters[link.submitted]
+                submitted = None if self._device.kind == "cpu" else counters[SUBMITTED]
                 link.settle(counters[link.done], submitted)
 
     def _examine(self, link: Link) -> None:
@@ -166,7 +166,7 @@ class Watcher:
             link.settle(counters[link.done])
         elif self._device.kind == "cuda":
             return
-        submitted = None if counters is None or self._device.kind == "cpu" else counters[link.submitted]
+        submitted = None if counters is None or self._device.kind == "cpu" else counters[SUBMITTED]
         self._standin.finish(link, submitted, self._fail_task)
 
     def _fail_task(self, link: Link, task: Task, error: Exception) -> None:

@@ -46,7 +46,7 @@ class Place(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Start(msgspec.Struct, frozen=True, tag=True):
-    """Take this device; `submitted` and `done` are the worker's two counters, `ring` is where later messages come."""
+    """Take this device; `submitted` is the lead's counter, `done` its own, `ring` is where later messages come."""
 
     protocol: int
     device: str

@@ -37,6 +37,8 @@ class Ring:
         self._head = ctypes.c_uint32.from_buffer(pages, _HEAD)
         self._tail = ctypes.c_uint32.from_buffer(pages, _TAIL)
         self._asleep = ctypes.c_uint32.from_buffer(pages, _ASLEEP)
+        self._written = self._head.value  # the writer's own copies: what it wrote, and how far it saw the reader
+        self._seen_tail = self._tail.value
         self._fence = threading.Lock()
         self._futex = Futex()
 
@@ -61,21 +63,27 @@ class Ring:
 
     def write(self, message: bytes, timeout_s: float) -> None:
         """Append a message; empty stands for one on the socket. Waits for room only where the reader is far behind."""
-        size = 4 + -(-len(message) // 4) * 4
+        length = len(message)
+        size = 4 + (length + 3 & ~3)
         if size > CAPACITY_BYTES // 4:
-            raise MpsrunError(f"expected a message of at most {CAPACITY_BYTES // 4} bytes, found {len(message)}")
-        deadline = time.monotonic() + timeout_s
-        while CAPACITY_BYTES - (self._head.value - self._tail.value & _MASK) < size:
-            if time.monotonic() > deadline:
-                raise MpsrunError(f"a worker has not read its messages for {timeout_s:g} s")
-            self._futex.wait(ctypes.addressof(self._tail), self._tail.value, 0.001)
-        record = len(message).to_bytes(4, "little") + message
-        self._put(self._head.value, record)
-        self._head.value = self._head.value + size & _MASK
+            raise MpsrunError(f"expected a message of at most {CAPACITY_BYTES // 4} bytes, found {length}")
+        head = self._written
+        if head + size - self._seen_tail & _MASK > CAPACITY_BYTES:
+            self._wait_for_room(size, timeout_s)
+        self._put(head, length.to_bytes(4, "little") + message)
+        self._written = self._head.value = head + size & _MASK
         with self._fence:  # an atomic operation: the reader sees the new head, or we see that it sleeps
             asleep = self._asleep.value
         if asleep:
             self._futex.wake(ctypes.addressof(self._head))
+
+    def _wait_for_room(self, size: int, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while self._written + size - (seen := self._tail.value) & _MASK > CAPACITY_BYTES:
+            if time.monotonic() > deadline:
+                raise MpsrunError(f"a worker has not read its messages for {timeout_s:g} s")
+            self._futex.wait(ctypes.addressof(self._tail), seen, 0.001)
+        self._seen_tail = seen
 
     def read(self, timeout_s: float, spin_s: float = 0.0) -> bytes | None:
         """The next message, or None after `timeout_s`; the first `spin_s` of the wait are spent awake."""
@@ -106,9 +114,12 @@ class Ring:
         return True
 
     def _put(self, position: int, record: bytes) -> None:
-        start = position % CAPACITY_BYTES
-        first = min(len(record), CAPACITY_BYTES - start)
-        self._data[start : start + first] = record[:first]
+        start, end = position % CAPACITY_BYTES, position % CAPACITY_BYTES + len(record)
+        if end <= CAPACITY_BYTES:
+            self._data[start:end] = record
+            return
+        first = CAPACITY_BYTES - start
+        self._data[start:CAPACITY_BYTES] = record[:first]
         self._data[: len(record) - first] = record[first:]
 
     def _get(self, position: int, size: int) -> bytes:
