@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from mpsrun.run import philox
 from mpsrun.run.crossing import Crossing
 from mpsrun.run.forkjoin import fork, join
 from mpsrun.run.specialize import Cut
+from mpsrun.run.streams import LaneValues, Sides, open_sides
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,28 +48,28 @@ def lower(gm: fx.GraphModule, effects: Effects, regions: Sequence[Lowered]) -> C
     emitter = _Emitter(effects, regions)
     graph = emitter.emit(gm.graph)
     lowered = fx.GraphModule(gm, graph)
-    modes = emitter.modes
+    brackets = emitter.brackets
 
     def run(*args: Any) -> Any:
         try:
             return lowered.forward(*args)
         except BaseException:
-            modes.unwind()
+            brackets.unwind()
             raise
 
-    return run if modes.used else lowered.forward
+    return run if brackets.used else lowered.forward
 
 
-class _Modes:
-    """Brackets of autocast and grad modes that are open in a lowered graph."""
+class _Brackets:
+    """What is open in a lowered graph and must be closed, whatever is raised: autocast and grad modes, side streams."""
 
     def __init__(self) -> None:
         self.used = False
         self._local = threading.local()
 
     @property
-    def _open(self) -> list[Any]:
-        """The brackets of this thread."""
+    def _open(self) -> list[Callable[[], object]]:
+        """How to close what this thread has opened."""
         if not hasattr(self._local, "open"):
             self._local.open = []
         return self._local.open
@@ -79,27 +80,56 @@ class _Modes:
         def enter_mode() -> None:
             bracket = applied(state)
             bracket.__enter__()
-            self._open.append(bracket)
+            self._open.append(lambda: bracket.__exit__(None, None, None))
 
         return enter_mode
 
-    def leave_mode(self) -> None:
-        self._open.pop().__exit__(None, None, None)
+    def fork(self, device: torch.device) -> Callable[[LaneValues], Sides]:
+        self.used = True
+
+        def open_lanes(inputs: LaneValues) -> Sides:
+            sides = open_sides(device, inputs)
+            self._open.append(lambda: sides.join(()))
+            return sides
+
+        return open_lanes
+
+    def join(self, sides: Sides, outputs: LaneValues) -> None:
+        self._open.pop()
+        sides.join(outputs)
+
+    def leave(self) -> None:
+        self._open.pop()()
 
     def unwind(self) -> None:
         """Close what an exception left open."""
         while self._open:
-            self.leave_mode()
+            self.leave()
+
+
+@dataclass(frozen=True)
+class _Open:
+    """An open region, in the new graph: the handle of its Fork, where the lead's own random ops draw, its streams."""
+
+    handle: fx.Node | None = None
+    random: Mapping[fx.Node, int] = field(default_factory=dict)
+    random_total: int = 0
+    sides: fx.Node | None = None
+    lane_of: Mapping[fx.Node, int] = field(default_factory=dict)
+
+
+NOWHERE = _Open()
 
 
 class _Emitter:
     def __init__(self, effects: Effects, regions: Sequence[Lowered]) -> None:
-        self.modes = _Modes()
+        self.brackets = _Brackets()
         self._effects = effects
         self._regions = regions
         self._graph = fx.Graph()
         self._values: dict[fx.Node, fx.Node] = {}
         self._state: State | None = None
+        self._lane = 0
         self._handles: list[fx.Node] = []
 
     def emit(self, source: fx.Graph) -> fx.Graph:
@@ -116,7 +146,7 @@ class _Emitter:
         self._copy(source.output_node())
         return self._graph
 
-    def _emit_group(self, nodes: Sequence[fx.Node], regions: Sequence[Lowered], handle: _Handle | None = None) -> None:
+    def _emit_group(self, nodes: Sequence[fx.Node], regions: Sequence[Lowered], within: _Open = NOWHERE) -> None:
         """Emit nodes in program order, each of the outermost regions among them in one piece."""
         inside = set(nodes)
         fitting = [r for r in regions if r.nodes <= inside]
@@ -126,9 +156,10 @@ class _Emitter:
             unit_of.update(dict.fromkeys(region.nodes, region))
         for unit in self._ordered(nodes, unit_of):
             if isinstance(unit, Lowered):
+                self._set_lane(0, within)
                 self._emit_region(unit, [r for r in fitting if r is not unit])
             else:
-                self._emit_node(unit, handle)
+                self._emit_node(unit, within)
 
     def _ordered(self, nodes: Sequence[fx.Node], unit_of: Mapping[fx.Node, Any]) -> Iterable[Any]:
         """Units in topological order, earliest in the program first."""
@@ -163,55 +194,69 @@ class _Emitter:
 
     def _emit_region(self, lowered: Lowered, regions: Sequence[Lowered]) -> None:
         self._set_state(None)
-        number, strands = lowered.region.index, lowered.cut.strands
+        number, strands, cut = lowered.region.index, lowered.cut.strands, lowered.cut
         handles = []
         for strand in strands:
             args = tuple(self._values[node] for node in strand.args)
             handles.append(self._graph.call_function(_forking(f"fork_{number}", strand.crossing), args))
         self._handles += handles
-        first = _Handle(strands[0].crossing, handles[0], lowered.cut.random)
-        self._emit_group(lowered.cut.own, regions, first)
+        sides = self._open_sides(cut) if cut.sides else None
+        random = cut.random if strands and strands[0].crossing.random_total else {}
+        total = strands[0].crossing.random_total if strands else 0
+        handle = handles[0] if handles else None
+        self._emit_group(cut.own, regions, _Open(handle, random, total, sides, cut.lane_of))
         self._set_state(None)
+        if sides is not None:
+            self._close_sides(cut, sides)
         for strand, handle in zip(strands, handles, strict=True):
             outputs = self._graph.call_function(_named(f"join_{number}", join), (handle,))
             for i, node in enumerate(strand.outputs):
                 self._values[node] = self._graph.call_function(_item, (outputs, i))
 
-    def _emit_node(self, node: fx.Node, handle: _Handle | None) -> None:
+    def _open_sides(self, cut: Cut) -> fx.Node:
+        inputs = tuple((side.lane, tuple(self._values[node] for node in side.inputs)) for side in cut.sides)
+        return self._graph.call_function(_named("fork_streams", self.brackets.fork(cut.device)), (inputs,))
+
+    def _close_sides(self, cut: Cut, sides: fx.Node) -> None:
+        outputs = tuple((side.lane, tuple(self._values[node] for node in side.outputs)) for side in cut.sides)
+        self._graph.call_function(_named("join_streams", self.brackets.join), (sides, outputs))
+        self._lane = 0
+
+    def _emit_node(self, node: fx.Node, within: _Open) -> None:
         self._set_state(self._effects.facts[node].state)
-        start = handle.random.get(node) if handle is not None else None
-        if handle is None or start is None or not handle.crossing.random_total:
+        self._set_lane(within.lane_of.get(node, 0), within)
+        start = within.random.get(node)
+        if start is None:
             self._copy(node)
             return
-        total = handle.crossing.random_total
-        self._graph.call_function(_named("seek", philox.seek), (handle.node, start))
+        self._graph.call_function(_named("seek", philox.seek), (within.handle, start))
         self._copy(node)
-        self._graph.call_function(_named("seek", philox.seek), (handle.node, total))
+        self._graph.call_function(_named("seek", philox.seek), (within.handle, within.random_total))
 
     def _copy(self, node: fx.Node) -> None:
         self._values[node] = self._graph.node_copy(node, lambda source: self._values[source])
+
+    def _set_lane(self, lane: int, within: _Open) -> None:
+        if lane != self._lane:
+            self._graph.call_function(_use_lane, (within.sides, lane))
+            self._lane = lane
 
     def _set_state(self, state: State | None) -> None:
         if state == self._state:
             return
         if self._state is not None:
-            self._graph.call_function(_named("leave_mode", self.modes.leave_mode), ())
+            self._graph.call_function(_named("leave_mode", self.brackets.leave), ())
         if state is not None:
-            self._graph.call_function(_named("enter_mode", self.modes.enter(state)), ())
+            self._graph.call_function(_named("enter_mode", self.brackets.enter(state)), ())
         self._state = state
-
-
-@dataclass(frozen=True)
-class _Handle:
-    """An open region: its node in the new graph, and where the lead's own random ops draw."""
-
-    crossing: Crossing
-    node: fx.Node
-    random: Mapping[fx.Node, int]
 
 
 def _release(*handles: object) -> None:
     """Keeps what it is given alive until it is called."""
+
+
+def _use_lane(sides: Sides, lane: int) -> None:
+    sides.use(lane)
 
 
 def _item(values: Sequence[torch.Tensor], index: int) -> torch.Tensor:

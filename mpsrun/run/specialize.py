@@ -51,13 +51,26 @@ class Cut:
     """A region cut along its plan.
 
     jobs: by branch, the job which it is part of, 0 in the lead. own: nodes left to the lead. random: by node of the
-    lead, the offset of its draws from the region's start.
+    lead, the offset of its draws from the region's start. sides: the lead's side streams that are used; lane_of: by
+    node on one of them, its lane.
     """
 
+    device: torch.device
     strands: tuple[Strand, ...]
     jobs: tuple[int, ...]
     own: tuple[fx.Node, ...]
     random: Mapping[fx.Node, int]
+    sides: tuple[Side, ...] = ()
+    lane_of: Mapping[fx.Node, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one side stream reads from outside, and what others need of it."""
+
+    lane: int
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
 
 
 @dataclass(frozen=True)
@@ -99,16 +112,16 @@ class Cutter:
     def cut(self, region: Region, assignment: Assignment, seen: Observation) -> Cut:
         """What crosses at a region under an assignment. Raises `NotShippable` with the reason."""
         device = _device_of(region, seen)
-        if device.type != self._coordinator.device.kind:
+        if any(lane > 0 for lane in assignment.lanes) and device.type != self._coordinator.device.kind:
             raise NotShippable(f"its tensors are on {device}, the workers use {self._coordinator.device.kind}")
         state = modes.ambient(device.type)
         laned = list(zip(region.branches, assignment.lanes, strict=True))
-        own = tuple(node for branch, lane in laned if not lane for node in branch.nodes)
+        own = tuple(node for branch, lane in laned if lane <= 0 for node in branch.nodes)
         places, total = _random_starts(region, seen)
         starts = places
         groups: dict[frozenset[int], list[tuple[Branch, int]]] = {}
         for branch, lane in laned:
-            if lane:
+            if lane > 0:
                 ends = frozenset(end for node in branch.outputs for end in self._ends.get(node, ()))
                 groups.setdefault(ends, []).append((branch, lane))
         strands = []
@@ -124,11 +137,20 @@ class Cutter:
             # The first strand takes the whole region's share of the random sequence; the others count from its end.
             starts, total = {node: start - total for node, start in starts.items()}, 0
         return Cut(
+            device,
             tuple(strands),
             tuple(jobs.get(b, 0) for b in region.branches),
             own,
             {node: places[node] for node in own if node in places},
+            tuple(self._side(lane, laned) for lane in sorted({lane for _, lane in laned if lane < 0})),
+            {node: lane for branch, lane in laned if lane < 0 for node in branch.nodes},
         )
+
+    def _side(self, lane: int, laned: Sequence[tuple[Branch, int]]) -> Side:
+        chosen = [branch for branch, other in laned if other == lane]
+        kind = self._effects.placeholder_kind
+        inputs = (n for branch in chosen for n in branch.inputs if kind.get(n) not in ("parameter", "buffer"))
+        return Side(lane, tuple(dict.fromkeys(inputs)), tuple(n for branch in chosen for n in branch.outputs))
 
     def _parts(self, laned: Sequence[tuple[Branch, int]], seen: Observation, state: State) -> list[_Part]:
         found = []

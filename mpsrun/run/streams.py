@@ -1,0 +1,81 @@
+"""Side streams: lanes inside the lead, for branches that a GPU can run at the same time without another process.
+
+Autograd runs the backward of an op on the stream of its forward, so that a region needs no more than this: side streams
+that start where the region forks, and a main stream that waits for them where it joins. What crosses between streams is
+told to torch's allocator, which gives memory back to the stream that it was made on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+# What crosses between the main stream and the others: (lane, values) for each side stream.
+LaneValues = Sequence[tuple[int, Sequence[Any]]]
+_streams: dict[tuple[torch.device, int], torch.cuda.Stream] = {}
+
+
+class Sides(Protocol):
+    """The streams of one execution of a region."""
+
+    def use(self, lane: int) -> None:
+        """Submit what follows to this lane: 0 is the main stream, -i side stream i."""
+
+    def join(self, outputs: LaneValues) -> None:
+        """Go on with the main stream, once the side streams have made these outputs (by lane)."""
+
+
+class CudaSides:
+    """Side streams of one GPU; all regions use the same ones."""
+
+    def __init__(self, device: torch.device, inputs: LaneValues) -> None:
+        """Start the lanes of `inputs`, which are what each of them reads."""
+        self._main = torch.cuda.current_stream(device)
+        self._sides = {lane: _stream(device, lane) for lane, _ in inputs}
+        fork = self._main.record_event()
+        for lane, values in inputs:
+            self._sides[lane].wait_event(fork)
+            _lend(values, self._sides[lane])
+
+    def use(self, lane: int) -> None:
+        torch.cuda.set_stream(self._sides.get(lane, self._main))
+
+    def join(self, outputs: LaneValues) -> None:
+        torch.cuda.set_stream(self._main)
+        for stream in self._sides.values():
+            self._main.wait_stream(stream)
+        for _, values in outputs:
+            _lend(values, self._main)
+
+
+class OneOrder:
+    """A CPU has no streams: everything runs in the order of the program."""
+
+    def use(self, lane: int) -> None:
+        """There is one lane only."""
+
+    def join(self, outputs: LaneValues) -> None:
+        """Nothing is under way."""
+
+
+def open_sides(device: torch.device, inputs: LaneValues) -> Sides:
+    """Fork into the lanes of `inputs`."""
+    return CudaSides(device, inputs) if device.type == "cuda" else OneOrder()
+
+
+def _stream(device: torch.device, lane: int) -> torch.cuda.Stream:
+    key = device, lane
+    if key not in _streams:
+        _streams[key] = torch.cuda.Stream(device)
+    return _streams[key]
+
+
+def _lend(values: Sequence[Any], stream: torch.cuda.Stream) -> None:
+    """Have the allocator keep these until `stream` is done with them, whoever frees them first."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            value.record_stream(stream)
+        elif isinstance(value, list | tuple):
+            _lend(value, stream)
