@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import statistics
 import subprocess
 import sys
 import time
@@ -55,15 +56,15 @@ def crossing(repeats: int) -> dict[str, Any]:
 
 
 def _lead_cpu_us(stepper: Stepper, steps: int = 200) -> float:
-    """Microseconds until a step is submitted, with an idle GPU before each."""
-    spent = 0.0
+    """Microseconds until a step is submitted, with an idle GPU before each: the median of many."""
+    spent = []
     for _ in range(steps):
         synchronize()
         start = time.perf_counter()
         stepper.step()
-        spent += time.perf_counter() - start
+        spent.append(time.perf_counter() - start)
         stepper.clear()
-    return spent / steps * 1e6
+    return statistics.median(spent) * 1e6
 
 
 def _answer(handle: ChunkHandle, rounds: int, ready: Any) -> None:

@@ -65,7 +65,7 @@ def pids() -> set[int]:
 
 def settle(coordinator: Coordinator) -> None:
     """Wait until the workers owe nothing."""
-    wait_until(lambda: not any(link.tasks for link in coordinator.links))
+    wait_until(lambda: not any(link.owed for link in coordinator.links))
 
 
 def wait_until(done: Callable[[], bool], timeout_s: float = 10.0) -> None:

@@ -18,7 +18,7 @@ from mpsrun.device.arena import Arena, Room
 from mpsrun.errors import WorkerError
 from mpsrun.run import state as modes
 from mpsrun.run.crossing import Crossing, Share
-from mpsrun.run.link import SEQUENCE_MASK, SUBMITTED, Link
+from mpsrun.run.link import SEQUENCE_MASK, SUBMITTED, Link, Work
 from mpsrun.run.standin import StandIn
 from mpsrun.run.watcher import Watcher
 from mpsrun.wire import messages as m
@@ -124,32 +124,41 @@ class Coordinator:
         """Layouts and jobs, by link, that will not be used again. Safe in a finalizer: it only appends."""
         self._forgotten.extend(parts)
 
-    def submit(self, work: Sequence[tuple[Share, m.Forward | m.Backward, m.Forward]]) -> None:
-        """Hand out work: share, message, and the forward that it belongs to.
+    def submit(
+        self, crossing: Crossing, links: Sequence[Link], message: m.Forward | m.Backward, forward: m.Forward
+    ) -> None:
+        """Hand out work to these workers, and the forward that it belongs to.
 
         First it is remembered, so that whatever goes wrong from here on, somebody will do it; then the workers are
         released in stream order, then told.
         """
         if self._abandoned or self._forgotten:
             self._tidy()
-        now_s = time.monotonic()
-        for share, message, forward in work:
-            share.link.remember(message, forward, share, now_s)
+        work = Work(message, forward, crossing, time.monotonic())
+        for link in links:
+            link.remember(work)
         if self.device.kind == "cuda":
             self._keep_order()
-            self.device.signal((SUBMITTED,), (self._sequence,))
-        for share, message, _ in work:
-            share.link.send_step(message)
+            self.device.signal((SUBMITTED,), (message.seq,))
+        for link in links:
+            link.send_step(message)
 
-    def wait(self, counters: Sequence[int], values: Sequence[int]) -> None:
-        """Wait until the workers have done their work (on a GPU: make the stream wait).
+    def changed_flags(self, links: Sequence[Link]) -> m.Flags | None:
+        """The global settings, where one of these workers does not know them."""
+        for link in links:
+            if not link.knows(self.flags):
+                return self.flags
+        return None
+
+    def wait(self, counters: Sequence[int], value: int) -> None:
+        """Wait until the workers have done the work of this number (on a GPU: make the stream wait).
 
         On a CPU, raises what the work raised in a worker and in its stand-in; on a GPU `check` does, a little later.
         """
-        self._wait(counters, values)
+        self._wait(counters, (value,) * len(counters))
         if self.device.kind == "cpu":
             self.check()
-            for error in self._watcher.take_failures(list(zip(counters, values, strict=True))):
+            for error in self._watcher.take_failures([(counter, value) for counter in counters]):
                 raise error
 
     def _wait(self, counters: Sequence[int], values: Sequence[int]) -> None:

@@ -62,12 +62,15 @@ class Flat:
 class Gathering:
     """What backward does when these outputs have a gradient.
 
-    work: the shares that take part, their outputs with a gradient and the inputs which get one. singles: by argument,
-    the single gradients that add up to its own. flats: for each Flat, the (position, argument) pairs that are wanted.
+    links, done: the workers that take part, and their counters. tasks: by position of the share, its outputs with a
+    gradient and the inputs which get one. singles: by argument, the single gradients that add up to its own. flats: for
+    each Flat, the (position, argument) pairs that are wanted.
     """
 
     outputs: tuple[int, ...]
-    work: tuple[tuple[Share, tuple[int, ...], tuple[int, ...]], ...]
+    links: tuple[Link, ...]
+    done: tuple[int, ...]
+    tasks: tuple[m.Task, ...]
     singles: tuple[tuple[int, tuple[int, ...]], ...]
     flats: tuple[tuple[tuple[int, int], ...], ...]
 
@@ -101,7 +104,11 @@ class Crossing:
 
     def __post_init__(self) -> None:
         self.token = torch.zeros(1, device=self.device)
-        self.done = tuple(share.link.done for share in self.shares)
+        self.links = tuple(share.link for share in self.shares)
+        self.done = tuple(link.done for link in self.links)
+        self.share_of = dict(zip(self.links, self.shares, strict=True))
+        self.layout = self.shares[0].layout.layout
+        self.random = bool(self.random_total) or any(share.spans for share in self.shares)
         self._gatherings: dict[tuple[bool, ...], Gathering] = {}
         self._refs = {
             "inputs": [place.tensor for place in self.inputs],
@@ -127,14 +134,12 @@ class Crossing:
         return found
 
     def _gather(self, present: tuple[bool, ...]) -> Gathering:
-        work = []
-        reached: dict[int, frozenset[int]] = {}
-        for position, share in enumerate(self.shares):
+        tasks = []
+        for share in self.shares:
             local = tuple(i for i, output in enumerate(share.outputs) if present[output])
-            if local:
-                inputs = share.gradients.reached(local)
-                work.append((share, local, inputs))
-                reached[position] = frozenset(inputs)
+            tasks.append(m.Task(local, share.gradients.reached(local) if local else ()))
+        reached = {position: frozenset(task.inputs) for position, task in enumerate(tasks)}
+        links = tuple(link for link, task in zip(self.links, tasks, strict=True) if task.outputs)
         by_arg: dict[int, list[int]] = {}
         for k, (position, place) in reversed(list(enumerate(self.singles))):  # autograd adds the last branch first
             if place.index in reached.get(position, ()):
@@ -148,7 +153,8 @@ class Crossing:
             for flat in self.flats
         )
         outputs = tuple(i for i, has in enumerate(present) if has)
-        return Gathering(outputs, tuple(work), tuple((a, tuple(k)) for a, k in by_arg.items()), flats)
+        singles = tuple((a, tuple(k)) for a, k in by_arg.items())
+        return Gathering(outputs, links, tuple(link.done for link in links), tuple(tasks), singles, flats)
 
 
 class Invocation:
@@ -164,16 +170,17 @@ class Invocation:
         self.stream = crossing.owner.device.stream_key()
         self.state = modes.ambient(crossing.device.type)  # here, since inside of a Function grad mode is always off
         self.room: Room | None = None
-        self.forwards: dict[int, m.Forward] = {}
+        self.forward: m.Forward | None = None
         self.gradients: tuple[torch.Tensor | None, ...] | None = None
         self.backward: BackwardWork | None = None
         self.sequence = 0
+        self.versions: list[int] = []  # of the arguments that backward reads again, when forward took them
         self.joined = False
-        self.asked: frozenset[Link] = frozenset()  # the workers that backward was handed out to
+        self.asked: tuple[Link, ...] = ()  # the workers that backward was handed out to
         self.random_start = 0
 
     def pending(self) -> list[tuple[int, int]]:
-        return [] if self.joined or not self.forwards else [(done, self.sequence) for done in self.crossing.done]
+        return [] if self.joined or self.forward is None else [(done, self.sequence) for done in self.crossing.done]
 
     def release(self) -> None:
         """Give the slot back; what the workers still do in it is waited for by whoever takes it next."""
@@ -186,7 +193,7 @@ class Invocation:
     def finish(self) -> None:
         """Backward is over: the workers that had no part in it may forget their forward, too."""
         self.args = None
-        idle = [share.link for share in self.crossing.shares if share.link not in self.asked]
+        idle = [link for link in self.crossing.links if link not in self.asked]
         if idle:
             self.crossing.owner.abandon(idle, self.id)
         self.release()
@@ -198,7 +205,7 @@ class Invocation:
 
     def __del__(self) -> None:
         if self.room is not None and self.crossing.grad:
-            self.crossing.owner.abandon([share.link for share in self.crossing.shares], self.id)
+            self.crossing.owner.abandon(self.crossing.links, self.id)
         self.release()
 
 
@@ -208,9 +215,8 @@ class BackwardWork:
 
     room: Room
     gathering: Gathering
-    counters: tuple[int, ...]
     sequence: int
     done: bool = False
 
     def pending(self) -> list[tuple[int, int]]:
-        return [] if self.done else [(counter, self.sequence) for counter in self.counters]
+        return [] if self.done else [(counter, self.sequence) for counter in self.gathering.done]

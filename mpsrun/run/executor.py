@@ -14,8 +14,6 @@ from mpsrun.graph.program import Program, State, build
 from mpsrun.graph.state import applied
 from mpsrun.wire.messages import Backward, Forward, Place, Prepare, Rng, Slot
 
-FEW = 3  # tensors up to which single copies cost less than one launch for all
-
 
 @dataclass(eq=False)
 class Job:
@@ -56,7 +54,7 @@ class Executor:
         self._device = device
         self._chunk = chunk
         self._rooms: dict[tuple[int, int], Room] = {}
-        self._saved: dict[int, _Saved] = {}
+        self._saved: dict[tuple[int, int], _Saved] = {}  # by invocation and job
         self._offsets: tuple[int, ...] = ()
         self._generator = torch.cuda.default_generators[device.index] if device.kind == "cuda" else None  # type: ignore[attr-defined]
         self.jobs: dict[int, Job] = {}
@@ -78,9 +76,10 @@ class Executor:
         """
         layout = self.layouts[message.layout]
         inputs = self._views(message.slot, layout, "inputs", layout.inputs)
-        outputs, leaves = self._compute(layout, inputs, message.state, message.rng)
+        rng = message.rngs[layout.position] if message.rngs else None
+        outputs, leaves = self._compute(layout, inputs, message.state, rng)
         if layout.grad and any(output.requires_grad for output in outputs):
-            self._saved[message.invocation] = _Saved(leaves, outputs)
+            self._saved[message.invocation, layout.job] = _Saved(leaves, outputs)
         if not write:
             return
         job = self.jobs[layout.job]
@@ -113,17 +112,18 @@ class Executor:
     def backward(self, message: Backward) -> None:
         """Compute the gradients that are asked for into the slot; zeros where a gradient turns out not to exist."""
         layout = self.layouts[message.layout]
-        saved = self._saved[message.invocation] if message.keep else self._saved.pop(message.invocation)
+        task, key = message.tasks[layout.position], (message.invocation, layout.job)
+        saved = self._saved[key] if message.keep else self._saved.pop(key)
         incoming = self._views(message.slot, layout, "grad_outputs", layout.grad_outputs)
         outgoing = self._views(message.slot, layout, "grad_inputs", layout.grad_inputs)
         by_index = {place.index: view for place, view in zip(layout.grad_inputs, outgoing, strict=True)}
         gradients = _grad(
-            [saved.outputs[i] for i in message.outputs],
-            [saved.leaves[i] for i in message.inputs],
-            [incoming[i] for i in message.outputs],
+            [saved.outputs[i] for i in task.outputs],
+            [saved.leaves[i] for i in task.inputs],
+            [incoming[i] for i in task.outputs],
             message.keep,
         )
-        targets = [by_index[i] for i in message.inputs]
+        targets = [by_index[i] for i in task.inputs]
         for target, gradient in zip(targets, gradients, strict=True):
             if gradient is None:
                 target.zero_()
@@ -140,13 +140,14 @@ class Executor:
                 if view.is_floating_point():
                     view.fill_(torch.nan)
 
-    def has(self, invocation: int) -> bool:
-        """Whether the forward of this invocation left what its backward needs."""
-        return invocation in self._saved
+    def has(self, message: Backward) -> bool:
+        """Whether the forward left what this backward needs."""
+        return (message.invocation, self.layouts[message.layout].job) in self._saved
 
     def drop(self, invocations: Sequence[int]) -> None:
-        for invocation in invocations:
-            self._saved.pop(invocation, None)
+        gone = frozenset(invocations)
+        for key in [key for key in self._saved if key[0] in gone]:
+            del self._saved[key]
 
     def warm_up(self, message: Prepare) -> None:
         """Run a layout once on zeros: loads kernels and fills the allocator before anybody waits for it."""
@@ -164,7 +165,7 @@ class Executor:
         room = self._rooms.get(key)
         if room is None:
             room = self._rooms[key] = Room(self._chunk(slot.chunk), slot.offset_bytes, 0)
-        return room.tensors(layout.layout, part, [place.tensor for place in places])
+        return room.tensors(layout.job, part, [place.tensor for place in places])
 
     def _seek(self, ordinal: int) -> None:
         if self._generator is not None and self._offsets:
@@ -176,9 +177,8 @@ def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -
 
     Nothing is recorded: sources that require a gradient are for callers under `no_grad`.
     """
-    if len(targets) <= FEW:
-        for target, source in zip(targets, sources, strict=True):
-            target.copy_(source)
+    if len(targets) == 1:
+        targets[0].copy_(sources[0])
         return
     groups: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
     for target, source in zip(targets, sources, strict=True):

@@ -14,20 +14,23 @@ from mpsrun.wire import messages as m
 from mpsrun.wire.channel import LeadChannel
 
 if TYPE_CHECKING:
-    from mpsrun.run.crossing import Share
+    from mpsrun.run.crossing import Crossing
 
 SEQUENCE_MASK = 0xFFFFFFFF
 SUBMITTED = 0  # the counter with the last sequence number that the lead's streams have released to the workers
 
 
-class Task(NamedTuple):
-    """Work that was handed out: enough for somebody else to do it."""
+class Work(NamedTuple):
+    """Work that was handed out to the workers of a crossing: enough for somebody else to do it."""
 
-    seq: int
     message: m.Forward | m.Backward
     forward: m.Forward
-    share: Share
-    since: float
+    crossing: Crossing
+    since_s: float
+
+    @property
+    def seq(self) -> int:
+        return self.message.seq
 
 
 def reached(counter: int, value: int) -> bool:
@@ -38,7 +41,7 @@ def reached(counter: int, value: int) -> bool:
 class Link:
     """One worker. Sends are ordered by the caller's lock.
 
-    States: *coming* (no Ready yet), *up* (started), *lost* (its tasks are the stand-in's). There is no way back.
+    States: *coming* (no Ready yet), *up* (started), *lost* (what it owes is the stand-in's). There is no way back.
     """
 
     def __init__(self, index: int, channel: LeadChannel) -> None:
@@ -48,7 +51,7 @@ class Link:
         self.started = False
         self.lost: str | None = None
         self.prepared: set[int] = set()
-        self.tasks: deque[Task] = deque()
+        self.owed: deque[Work] = deque()
         self.last = 0  # the sequence number of its latest work
         self.counts: m.Counts | None = None
         self._channel = channel
@@ -77,19 +80,19 @@ class Link:
         poller.register(self._pidfd, select.POLLIN)
         return bool(poller.poll(0))
 
-    def changed_flags(self, flags: m.Flags) -> m.Flags | None:
-        """The global settings, if they are not what this worker was told last."""
-        return None if flags is self._flags else flags
+    def knows(self, flags: m.Flags) -> bool:
+        """Whether the global settings are what this worker was told last."""
+        return flags is self._flags
 
     def send(self, message: m.ToWorker) -> None:
         """Tell the worker something. A lost one is not told anything."""
         if self.lost is None:
             self._channel.send(self.index, message)
 
-    def remember(self, message: m.Forward | m.Backward, forward: m.Forward, share: Share, now_s: float) -> None:
+    def remember(self, work: Work) -> None:
         """Note what is owed from now on, whether it can be sent or not."""
-        self.last = message.seq
-        self.tasks.append(Task(message.seq, message, forward, share, now_s))
+        self.last = work.message.seq
+        self.owed.append(work)
 
     def send_step(self, message: m.Forward | m.Backward) -> None:
         """Send work that is remembered."""
@@ -113,23 +116,23 @@ class Link:
             self.send(m.Unmap(gone))
 
     def settle(self, done: int, submitted: int | None = None) -> None:
-        """Forget the tasks up to sequence number `done`.
+        """Forget the work up to sequence number `done`.
 
         The clock of the next one starts again where the worker got on, or where the lead's own stream has not come to
         releasing it yet (it has come to `submitted`).
         """
-        before = len(self.tasks)
-        while self.tasks and reached(done, self.tasks[0].seq):
-            self.tasks.popleft()
-        held = submitted is not None and self.tasks and not reached(submitted, self.tasks[0].seq)
-        if len(self.tasks) < before or held:
+        before = len(self.owed)
+        while self.owed and reached(done, self.owed[0].seq):
+            self.owed.popleft()
+        held = submitted is not None and self.owed and not reached(submitted, self.owed[0].seq)
+        if len(self.owed) < before or held:
             self._moved_s = time.monotonic()
 
     def stalled_s(self) -> float:
-        """For how many seconds the worker has owed the same task."""
-        if not self.tasks:
+        """For how many seconds the worker has owed the same work."""
+        if not self.owed:
             return 0.0
-        return time.monotonic() - max(self.tasks[0].since, self._moved_s)
+        return time.monotonic() - max(self.owed[0].since_s, self._moved_s)
 
     def forget(self, layouts: list[int], jobs: list[int]) -> None:
         """Have the worker drop what will not be used again."""

@@ -34,15 +34,18 @@ def offset() -> int:
     return generator().get_offset()
 
 
-def reserve(crossing: Crossing) -> tuple[list[Rng | None], int]:
-    """The place of each share's random ops, and where the region starts; steps over all that the region draws."""
-    if not crossing.random_total and not any(share.spans for share in crossing.shares):
-        return [None] * len(crossing.shares), 0
+def reserve(crossing: Crossing) -> tuple[tuple[Rng, ...], int]:
+    """The place of each share's random ops, and where the region starts; steps over all that the region draws.
+
+    No places where nothing is random.
+    """
+    if not crossing.random:
+        return (), 0
     source = generator()
     start = source.get_offset()
     source.set_offset(start + crossing.random_total)
     seed = source.initial_seed()
-    return [Rng(seed, tuple(start + span for span in share.spans)) for share in crossing.shares], start
+    return tuple(Rng(seed, tuple(start + span for span in share.spans)) for share in crossing.shares), start
 
 
 def seek(handle: tuple[Started, object], distance: int) -> None:

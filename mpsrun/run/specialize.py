@@ -179,6 +179,7 @@ class Cutter:
         starts: Mapping[fx.Node, int],
         random_total: int,
     ) -> Crossing:
+        key = next(_numbers)
         grad = torch.is_grad_enabled() and any(any(part.gradients.differentiable) for part in parts)
         forward, backward = Packer(), Packer()
         places = {i: forward.place(i, x) for i, x in _published(parts, args, seen)}
@@ -188,7 +189,9 @@ class Cutter:
         gradients = _place_gradients(parts, backward) if grad else _Gradients()
         for position, part in enumerate(parts):
             wants = gradients.of(position)
-            share = self._share(part, places, seen, state, grad, wants, forward, backward, len(outputs))
+            share = self._share(
+                part, (key, position), places, seen, state, grad, wants, forward, backward, len(outputs)
+            )
             outputs += share.layout.outputs
             hidden = dict(zip(part.program.writes, part.program.hidden, strict=True))
             writes += [(part.args[p.index], p, hidden[p.index]) for p in share.layout.writes]
@@ -218,12 +221,13 @@ class Cutter:
             singles=tuple(gradients.singles),
             flats=tuple(gradients.flats),
             random_total=random_total,
-            key=next(_numbers),
+            key=key,
         )
 
     def _share(
         self,
         part: _Part,
+        number: tuple[int, int],
         places: Mapping[int, m.Place],
         seen: Observation,
         state: State,
@@ -236,7 +240,8 @@ class Cutter:
         out_metas = [_tensor(seen.metas[node], node) for node in part.outputs]
         tensors = [i for i, x in enumerate(part.program.inputs) if x.kind == "tensor"]
         layout = m.Prepare(
-            layout=next(_numbers),
+            layout=number[0],
+            position=number[1],
             job=next(_numbers),
             grad=grad,
             state=state,

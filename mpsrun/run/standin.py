@@ -11,13 +11,14 @@ import torch
 from mpsrun.device import Chunk, Device
 from mpsrun.errors import MpsrunError
 from mpsrun.run import philox
+from mpsrun.run.crossing import Share
 from mpsrun.run.executor import Executor
-from mpsrun.run.link import Link, Task, reached
+from mpsrun.run.link import Link, Work, reached
 from mpsrun.wire import messages as m
 
 
 class StandIn:
-    """Works through the tasks of lost workers, in order, on a stream of its own.
+    """Works through what lost workers owe, in order, on a stream of its own.
 
     It runs in the watching thread: the lead's main thread may be blocked in a wait for the very result.
     """
@@ -29,22 +30,22 @@ class StandIn:
         # Another priority is another hardware queue: not the one in which the lead's stream is held.
         self._stream = torch.cuda.Stream(priority=-1) if device.kind == "cuda" else None
 
-    def finish(self, link: Link, submitted: int | None, report: Callable[[Link, Task, Exception], None]) -> None:
+    def finish(self, link: Link, submitted: int | None, report: Callable[[Link, Work, Exception], None]) -> None:
         """Do what this link owes, as far as the lead's stream has come (it has released the work up to `submitted`).
 
         Nothing here waits on the GPU: two lost workers may wait for each other's results. What the plain script would
         have raised goes to `report` before anybody who waits is released.
         """
-        while link.tasks and (submitted is None or reached(submitted, link.tasks[0].seq)):
-            task = link.tasks[0]
+        while link.owed and (submitted is None or reached(submitted, link.owed[0].seq)):
+            work = link.owed[0]
             with self._on_stream(), philox.undisturbed(self._device.kind):
                 try:
-                    self._do(task)
+                    self._do(work, work.crossing.share_of[link])
                 except Exception as error:  # noqa: BLE001 - it belongs to the script
-                    report(link, task, error)
-                    self._executor.spoil(task.message)
-                self._device.signal([link.done], [task.seq])
-            link.tasks.popleft()
+                    report(link, work, error)
+                    self._executor.spoil(work.message)
+                self._device.signal([link.done], [work.seq])
+            link.owed.popleft()
 
     def warm_up(self) -> None:
         """Have this thread's libraries loaded before the lead's stream is ever held."""
@@ -59,7 +60,7 @@ class StandIn:
         self._executor.forget(layouts, jobs)
 
     def clear(self) -> None:
-        """Forget everything: no more tasks will come."""
+        """Forget everything: no more work will come."""
         self._executor = Executor(self._device, self._chunk)
 
     def drop(self, invocations: list[int]) -> None:
@@ -69,17 +70,17 @@ class StandIn:
     def _on_stream(self) -> AbstractContextManager[object]:
         return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
-    def _do(self, task: Task) -> None:
-        self._know(task)
-        if isinstance(task.message, m.Forward):
-            self._executor.forward(task.message)
+    def _do(self, work: Work, share: Share) -> None:
+        self._know(share)
+        if isinstance(work.message, m.Forward):
+            self._executor.forward(work.message)
             return
-        if not self._executor.has(task.message.invocation):  # the activations died with the worker
-            self._executor.forward(task.forward, write=False)
-        self._executor.backward(task.message)
+        if not self._executor.has(work.message):  # the activations died with the worker
+            self._executor.forward(work.forward, write=False)
+        self._executor.backward(work.message)
 
-    def _know(self, task: Task) -> None:
-        share = task.share
+    def _know(self, share: Share) -> None:
+        """Make the executor this worker's: layouts of one crossing have the same number for all its workers."""
         if share.job not in self._executor.jobs:
             self._executor.load(share.job, share.program)
         self._executor.layouts[share.layout.layout] = share.layout

@@ -13,7 +13,7 @@ from mpsrun import log
 from mpsrun.config import Config
 from mpsrun.device import Device
 from mpsrun.errors import MpsrunError, WorkerError
-from mpsrun.run.link import SUBMITTED, Link, Task
+from mpsrun.run.link import SUBMITTED, Link, Work
 from mpsrun.run.standin import StandIn
 from mpsrun.wire import messages as m
 from mpsrun.wire.channel import LeadChannel
@@ -101,7 +101,7 @@ class Watcher:
             self._when_started = None
         for link in self._links:
             self._examine(link)
-            if link.lost is not None and link.tasks:
+            if link.lost is not None and link.owed:
                 self._finish(link)
 
     def _hear(self, message: m.ToLead) -> None:
@@ -124,8 +124,8 @@ class Watcher:
             self.changed.notify_all()
 
     def _settle(self) -> None:
-        """Forget the tasks that are done, and restart the clocks of workers that got on or may not start yet."""
-        if not any(link.tasks for link in self._links):
+        """Forget the work that is done, and restart the clocks of workers that got on or may not start yet."""
+        if not any(link.owed for link in self._links):
             return
         counters = self._device.read_counters()
         if counters is None:
@@ -167,12 +167,12 @@ class Watcher:
         elif self._device.kind == "cuda":
             return
         submitted = None if counters is None or self._device.kind == "cpu" else counters[SUBMITTED]
-        self._standin.finish(link, submitted, self._fail_task)
+        self._standin.finish(link, submitted, self._fail_work)
 
-    def _fail_task(self, link: Link, task: Task, error: Exception) -> None:
-        """Have whoever waits for this task raise; on a GPU nobody does, so that the next crossing raises."""
+    def _fail_work(self, link: Link, work: Work, error: Exception) -> None:
+        """Have whoever waits for this work raise; on a GPU nobody does, so that the next crossing raises."""
         if self._device.kind == "cpu":
-            self._failures[link.done, task.seq] = error
+            self._failures[link.done, work.seq] = error
         else:
             self.fail(error)
 

@@ -12,7 +12,7 @@ import msgspec
 from mpsrun.device import ChunkHandle, TensorRef
 from mpsrun.graph.program import Program, State
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 class Slot(msgspec.Struct, frozen=True, array_like=True):
@@ -85,9 +85,13 @@ class Bind(msgspec.Struct, frozen=True, tag=True):
 
 
 class Prepare(msgspec.Struct, frozen=True, tag=True):
-    """Make a layout known, and run it once on zeros, so that kernels are loaded before they are waited for."""
+    """Make a layout known, and run it once on zeros, so that kernels are loaded before they are waited for.
+
+    Workers of one region share the number of their layout; `position` is the worker's place among them.
+    """
 
     layout: int
+    position: int
     job: int
     grad: bool
     state: State
@@ -113,7 +117,10 @@ class Flags(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Forward(msgspec.Struct, frozen=True, tag=True):
-    """Run a layout's job on what stands in the slot; `flags` only where they changed."""
+    """Run a layout's jobs on what stands in the slot; all workers of a region get the same message.
+
+    `flags` only where they changed for one of them; `rngs` by position, empty where nothing is random.
+    """
 
     seq: int
     invocation: int
@@ -121,18 +128,24 @@ class Forward(msgspec.Struct, frozen=True, tag=True):
     slot: Slot
     state: State
     flags: Flags | None
-    rng: Rng | None
+    rngs: tuple[Rng, ...]
+
+
+class Task(msgspec.Struct, frozen=True, array_like=True):
+    """One worker's part of a backward: which outputs have a gradient, and which inputs want one."""
+
+    outputs: tuple[int, ...]
+    inputs: tuple[int, ...]
 
 
 class Backward(msgspec.Struct, frozen=True, tag=True):
-    """`outputs`: which outputs have a gradient; `inputs`: which inputs want one; `keep`: retain_graph."""
+    """The backward of a `Forward`; `tasks` by position, `keep` is retain_graph."""
 
     seq: int
     invocation: int
     layout: int
     slot: Slot
-    outputs: tuple[int, ...]
-    inputs: tuple[int, ...]
+    tasks: tuple[Task, ...]
     keep: bool
     flags: Flags | None
 
