@@ -72,8 +72,10 @@ class Sets:
     def _run(self, coordinator: Coordinator, questions: Questions) -> list[Any]:
         """Workers start first, then the lead computes its own branches, then it takes what the workers have."""
         draws = [question.part.draws(coordinator, question.args) for question in questions]
-        jobs = self._jobs(coordinator, questions) if None not in draws else [None] * len(questions)
-        places = _places([0 if draw is None else draw for draw in draws])
+        known = [draw for draw in draws if draw is not None]
+        in_turn = len(known) < len(draws)  # where the random numbers of each start is known after this call
+        jobs = [None] * len(questions) if in_turn else self._jobs(coordinator, questions)
+        places = [] if in_turn else _places(known)
         sent: dict[int, Sent] = {}
         outputs: list[Any] = [None] * len(questions)
         for i, job in enumerate(jobs):
