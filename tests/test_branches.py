@@ -247,6 +247,17 @@ def test_checkpointing() -> None:
     same(script)
 
 
+def test_branches_that_are_replaced_and_added() -> None:
+    def script(model: nn.Module) -> Seen:
+        seen = train(model, SETS[:3])
+        torch.manual_seed(3)
+        model[3] = path(20).double()  # type: ignore[operator]
+        model.append(path(4).double())  # type: ignore[operator]
+        return {**seen, **train(model, [(3, 0), (5, 3, 1), (3, 5), (3, 5, 2)])}
+
+    same(script, calls=4)
+
+
 class Structured(nn.Module):
     """Hands out a dict of tensors, its own input and a number, and leaves something behind."""
 

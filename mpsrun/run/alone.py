@@ -77,7 +77,7 @@ class Alone:
     def __init__(
         self, module: nn.Module, new_part: Callable[[fx.GraphModule], Part], refuse: Callable[[str], None]
     ) -> None:
-        self._module = module
+        self.module = module
         self._refuse = refuse
         self._reason: str | None = None  # why Dynamo is not asked any more
         self._backend = _Backend(new_part, type(module).__name__)
@@ -86,14 +86,14 @@ class Alone:
     def ask(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Question | Known | Call:
         """What a call of the branch needs to know."""
         if self._reason is not None:
-            return Call(self._module, args, kwargs, lambda: None)
+            return Call(self.module, args, kwargs, lambda: None)
         try:
             return Known(self._compiled(*args, **kwargs))
         except _Asked as asked:
             return Question(asked.part, asked.inputs, lambda *answer: self._repeat(answer, args, kwargs))
         except _NOT_COMPILED as error:
-            reason = f"{type(self._module).__name__}: {_first_line(error)}"
-            return Call(self._module, args, kwargs, lambda: self._give_up(reason))
+            reason = f"{type(self.module).__name__}: {_first_line(error)}"
+            return Call(self.module, args, kwargs, lambda: self._give_up(reason))
 
     def _give_up(self, reason: str) -> None:
         """Do not try again: it is not the script's own error that Dynamo met."""

@@ -63,9 +63,9 @@ class Branches(nn.ModuleList):
     def _run_set(self, active: Sequence[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         chosen = _numbers(active, len(self))
         if self._sets is None:
-            self._sets = Sets(list(self))
+            self._sets = Sets()
         with _dynamo():
-            outputs = self._sets.run(chosen, args, kwargs)
+            outputs = self._sets.run({number: self[number] for number in chosen}, args, kwargs)
         return self._joined(outputs)
 
     def _plain(self, active: Sequence[int] | None, *args: Any, **kwargs: Any) -> Any:

@@ -29,26 +29,31 @@ Questions = list[Question]
 class Sets:
     """The branches of one `Branches`, any of which can run together."""
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._modules = modules
+    def __init__(self) -> None:
         self._summary = report.Graph()
         report.graphs.append(self._summary)
-        refuse = self._summary.note
-        self._alone = [Alone(module, _maker(str(i), self._summary), refuse) for i, module in enumerate(self._modules)]
+        self._alone: dict[int, Alone] = {}
         self._declined: dict[tuple[Any, ...], None] = {}
 
-    def run(self, active: tuple[int, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-        """The results of these branches, in this order."""
-        key = active, torch.is_grad_enabled(), *_shapes((args, kwargs))
-        if len(active) < 2 or config.current().lanes == "serial" or key in self._declined:
-            return [self._modules[i](*args, **kwargs) for i in active]
-        asked = [self._alone[i].ask(args, kwargs) for i in active]
+    def run(self, modules: Mapping[int, nn.Module], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The results of these branches, by their numbers, in this order."""
+        key = tuple(modules), torch.is_grad_enabled(), *_shapes((args, kwargs))
+        if len(modules) < 2 or config.current().lanes == "serial" or key in self._declined:
+            return [module(*args, **kwargs) for module in modules.values()]
+        asked = [self._compiled(number, module).ask(args, kwargs) for number, module in modules.items()]
         questions = [question for question in asked if isinstance(question, Question)]
         if len(questions) == len(asked) and not _depend(questions):
             coordinator = self._coordinator(questions, key)
             if coordinator is not None:
                 return self._run(coordinator, questions)
         return [question.here() for question in asked]
+
+    def _compiled(self, number: int, module: nn.Module) -> Alone:
+        found = self._alone.get(number)
+        if found is None or found.module is not module:  # the script may have put another one in its place
+            found = Alone(module, _maker(str(number), self._summary), self._summary.note)
+            self._alone[number] = found
+        return found
 
     def _coordinator(self, questions: Questions, key: tuple[Any, ...]) -> Coordinator | None:
         """The coordinator, where this set may use lanes and it pays."""
