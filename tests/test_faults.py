@@ -16,6 +16,7 @@ from networks import Three
 from torch import Tensor, nn
 from transparency import TOLERANCE, assert_same, on_lanes
 
+import mpsrun
 from mpsrun.config import Config
 from mpsrun.errors import WorkerError
 from mpsrun.run.coordinator import Coordinator
@@ -223,3 +224,21 @@ class TestGoesOn:
         pair.step(2)
         pool.wait_until(lambda: not expendable.usable())
         pair.assert_goes_on()
+
+
+def test_worker_lost_between_sets_of_branches() -> None:
+    """Every branch is sent to the workers that are left, and what was under way is computed here."""
+    with pool.running(Config(workers=2, lanes="workers", timeout_s=WATCHDOG_S)) as coordinator:
+        torch.manual_seed(0)
+        fast = mpsrun.Branches([nn.Linear(6, 6) for _ in range(4)], join="cat").double()
+        plain = copy.deepcopy(fast)
+        for step, active in enumerate([(0, 1, 2, 3), (3, 1, 0), (2, 3, 1), (0, 3), (1, 0, 2), (2, 1), (3, 0, 1)]):
+            x = torch.randn(5, 6, dtype=torch.float64)
+            if step == 2:
+                os.kill(pid_of(coordinator, 1), signal.SIGKILL)
+            fast(x, active=active).square().sum().backward()
+            torch.cat([plain[i](x) for i in active], 1).square().sum().backward()
+            for found, wanted in zip(fast.parameters(), plain.parameters(), strict=True):
+                torch.testing.assert_close(found.grad, wanted.grad, **TOLERANCE)
+        assert coordinator.usable() == [2]
+        assert sum(coordinator.counts()[2].backwards.values()) >= 5

@@ -68,6 +68,14 @@ def find_regions(gm: fx.GraphModule, effects: Effects) -> Regions:
     return Regions(tuple(finder.regions), tuple(finder.refusals))
 
 
+def whole(gm: fx.GraphModule, effects: Effects) -> Branch:
+    """All of `gm` as one branch."""
+    nodes = {node for node in gm.graph.nodes if node.op.startswith("call") and not effects.facts[node].is_state}
+    if not nodes:
+        return Branch((), pinned="it has no ops")
+    return _Finder(gm, effects).branch(nodes, safety.device_of([nodes], effects))
+
+
 class _Finder:
     def __init__(self, gm: fx.GraphModule, effects: Effects) -> None:
         self.effects = effects
@@ -94,7 +102,7 @@ class _Finder:
         if reason is not None:
             return self._refuse(parts, reason)
         device = safety.device_of(branches, self.effects)
-        made = tuple(self._branch(nodes, device) for nodes in branches)
+        made = tuple(self.branch(nodes, device) for nodes in branches)
         if all(branch.pinned for branch in made):
             return self._refuse(parts, f"no branch can leave the lead: {made[0].pinned}")
         index = len(self.regions)
@@ -125,7 +133,7 @@ class _Finder:
         nodes = sorted(set().union(*parts), key=self.effects.order.__getitem__)
         return next((found for node in nodes if (found := self.effects.where(node))), None)
 
-    def _branch(self, nodes: set[fx.Node], device: torch.device | None) -> Branch:
+    def branch(self, nodes: set[fx.Node], device: torch.device | None) -> Branch:
         effects = self.effects
         ordered = tuple(sorted(nodes, key=effects.order.__getitem__))
         facts = [effects.facts[node] for node in ordered]

@@ -15,12 +15,13 @@ from mpsrun.graph.effects import Effects, analyze, drop_inert
 from mpsrun.graph.regions import Region, find_regions
 from mpsrun.plan.cost import MACHINES
 from mpsrun.plan.plan import Declined, plan_region
-from mpsrun.run import philox, report, session
+from mpsrun.run import report, session
 from mpsrun.run.binding import Binding
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.lower import Lowered, lower
+from mpsrun.run.observe import Observer, must_be_plain
 from mpsrun.run.overlaps import Overlaps
-from mpsrun.run.specialize import Cutter, Observation, meta_of, needed_nodes
+from mpsrun.run.specialize import Cutter, Observation
 
 LANES = ("auto", "serial", "workers")
 MOST_SPECIALS = 64  # sets of sizes of one graph that are kept prepared
@@ -160,7 +161,7 @@ class Graph:
         if (
             coordinator is None
             or coordinator.closed
-            or _must_be_plain(coordinator.device.kind)
+            or must_be_plain(coordinator.device.kind)
             or self._overlaps.now(args)
         ):
             return self._gm.forward(*args)
@@ -190,7 +191,7 @@ class Graph:
         coordinator = self._coordinator
         if coordinator is None:
             raise RuntimeError("mpsrun: a graph without a coordinator")
-        observer = _Observer(self._gm, self._effects, self._regions)
+        observer = Observer(self._gm, self._effects, self._regions)
         result = observer.run(*args)
         epoch = coordinator.epoch
         regions = self._cut_all(coordinator, observer.observation)
@@ -249,43 +250,3 @@ class Graph:
                 self.summary.refuse(str(error), regions[-1].region.where)
                 regions = regions[:-1]
         return [], self._gm.forward
-
-
-class _Observer(fx.Interpreter):
-    """A plain run that notes what the regions need to know."""
-
-    def __init__(self, gm: fx.GraphModule, effects: Effects, regions: Sequence[Region]) -> None:
-        super().__init__(gm)
-        self._effects = effects
-        self._needed = needed_nodes(regions)
-        self._metas: dict[fx.Node, Any] = {}
-        self._random: dict[fx.Node, int] = {}
-        self.values: dict[fx.Node, Any] = {}
-
-    @property
-    def observation(self) -> Observation:
-        return Observation(self._metas, self._random)
-
-    def run_node(self, n: fx.Node) -> Any:
-        random = n.op.startswith("call") and self._effects.facts[n].random and torch.cuda.is_initialized()
-        before = philox.offset() if random else 0
-        result = super().run_node(n)
-        if random:
-            self._random[n] = philox.offset() - before
-        if n in self._needed:
-            meta = meta_of(result)
-            if meta is not None:
-                self._metas[n] = meta
-            if n.op == "placeholder":
-                self.values[n] = result
-        return result
-
-
-def _must_be_plain(kind: str) -> bool:
-    """Whether somebody counts on the graph's own ops.
-
-    Checkpointing counts on the same saved tensors in every run; a CUDA graph would replay one step's hand-offs.
-    """
-    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
-        return True
-    return kind == "cuda" and torch.cuda.is_current_stream_capturing()

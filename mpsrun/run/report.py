@@ -88,7 +88,9 @@ def print_table(counts: Mapping[int, Counts]) -> None:
         for alike in _fold([region for region in graph.regions if region.calls]):
             for row in _rows(alike, counts):
                 table.add_row(*row)
-            table.add_section()
+            if len(alike[0].branches) > 1:
+                table.add_section()
+        table.add_section()
     if table.row_count:
         Console(file=sys.__stderr__, stderr=True).print(table)
 

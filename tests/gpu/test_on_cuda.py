@@ -2,14 +2,17 @@
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from networks import SMALL, GoogLeNet, Three, images, why_not_here
+from test_branches import SETS, Loop
 from torch import Tensor, nn
 from transparency import assert_same, assert_transparent, on_lanes
 
+import mpsrun
 from mpsrun.mps.verify import Attachment, verify
 from mpsrun.run.coordinator import Coordinator
 
@@ -156,3 +159,29 @@ def test_memory_is_flat(on_gpu: Coordinator) -> None:
 
     free = steps(60)
     assert steps(300) >= free - (8 << 20)
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.3])
+def test_sets_of_branches(on_gpu: Coordinator, chance: float) -> None:
+    """Branches chosen per call, in any order, draw what they draw one after the other."""
+    torch.manual_seed(0)
+    branches = [
+        nn.Sequential(nn.Linear(6, 8 + i), nn.Dropout(chance if i % 2 else 0.0), nn.Linear(8 + i, 6)) for i in range(5)
+    ]
+    branches = [branch.to("cuda", torch.float64) for branch in branches]
+    plain, fast = Loop(copy.deepcopy(branches), "cat"), mpsrun.Branches(branches, "cat")
+    for step, active in enumerate([range(5), range(5), *SETS]):
+        x = torch.randn(4, 6, dtype=torch.float64, device="cuda")
+        wanted, found = (seen(model, x, active, step) for model in (plain, fast))
+        assert_same(found, wanted, f"{step}: {active}", EXACT)
+    assert sum(sum(counts.backwards.values()) for counts in on_gpu.counts().values()) >= len(SETS)
+
+
+def seen(model: nn.Module, x: Tensor, active: Sequence[int], seed: int) -> dict[str, Any]:
+    """Output, gradients, and where the generator stands afterwards."""
+    torch.manual_seed(seed)
+    model.zero_grad()
+    output = model(x, active=active)
+    output.square().sum().backward()
+    gradients = {n: p.grad for n, p in model.named_parameters()}
+    return {"output": output.detach(), "random state": torch.cuda.get_rng_state(), **gradients}

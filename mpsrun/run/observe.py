@@ -1,0 +1,54 @@
+"""A plain run of a graph, which notes what no fake tensor knows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from mpsrun.graph.effects import Effects
+from mpsrun.graph.regions import Region
+from mpsrun.run import philox
+from mpsrun.run.specialize import Observation, meta_of, needed_nodes
+
+
+class Observer(fx.Interpreter):
+    """A plain run that notes what the regions need to know."""
+
+    def __init__(self, gm: fx.GraphModule, effects: Effects, regions: Sequence[Region]) -> None:
+        super().__init__(gm)
+        self._effects = effects
+        self._needed = needed_nodes(regions)
+        self._metas: dict[fx.Node, Any] = {}
+        self._random: dict[fx.Node, int] = {}
+        self.values: dict[fx.Node, Any] = {}
+
+    @property
+    def observation(self) -> Observation:
+        return Observation(self._metas, self._random)
+
+    def run_node(self, n: fx.Node) -> Any:
+        random = n.op.startswith("call") and self._effects.facts[n].random and torch.cuda.is_initialized()
+        before = philox.offset() if random else 0
+        result = super().run_node(n)
+        if random:
+            self._random[n] = philox.offset() - before
+        if n in self._needed:
+            meta = meta_of(result)
+            if meta is not None:
+                self._metas[n] = meta
+            if n.op == "placeholder":
+                self.values[n] = result
+        return result
+
+
+def must_be_plain(kind: str) -> bool:
+    """Whether somebody counts on the graph's own ops.
+
+    Checkpointing counts on the same saved tensors in every run; a CUDA graph would replay one step's hand-offs.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        return True
+    return kind == "cuda" and torch.cuda.is_current_stream_capturing()

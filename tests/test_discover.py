@@ -1,0 +1,122 @@
+"""Networks are found in the ways in which frameworks call them, and the search ends with the training step."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from networks import Three
+from torch import Tensor, nn
+
+from mpsrun.run import report
+from mpsrun.run.coordinator import Coordinator
+from mpsrun.run.discover import Discovery
+
+
+@pytest.fixture
+def discovery(workers: Coordinator) -> Iterator[Discovery]:
+    """A search, as the launcher starts it."""
+    names = (
+        *("suppress_errors", "allow_rnn", "skip_nnmodule_hook_guards"),
+        *("recompile_limit", "accumulated_recompile_limit"),
+    )
+    report.graphs.clear()
+    found = Discovery()
+    with torch._dynamo.config.patch({name: getattr(torch._dynamo.config, name) for name in names}):
+        found.install()
+        yield found
+        found.remove()
+
+
+class Training(nn.Module):
+    """Calls its network from a step of its own, as Lightning's modules do: it is never called itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Three().double()
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        return self.net(batch).square().mean()
+
+
+def batch() -> Tensor:
+    return torch.randn(5, 6, dtype=torch.float64)
+
+
+def searching() -> bool:
+    return nn.Module._compiled_call_impl is not None  # type: ignore[attr-defined]
+
+
+def on_lanes() -> int:
+    return sum(graph.calls for graph in report.graphs)
+
+
+def test_network_called_by_a_closure_of_the_optimizer(discovery: Discovery) -> None:
+    """The closure runs the training step within `optimizer.step`, once or often: that is one step."""
+    model = Training()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.01, max_iter=3)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model.training_step(batch())
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert searching()
+    optimizer.step(closure)
+    assert not searching()
+    assert model.net._compiled_call_impl is not None
+    assert model._compiled_call_impl is None
+    before = on_lanes()
+    optimizer.step(closure)
+    assert on_lanes() > before
+
+
+class Wrapped(torch.optim.Optimizer):
+    """An optimizer around another one, as accelerate's: it never sets itself up."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = inner
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+
+def test_wrapped_optimizer_counts_once(discovery: Discovery) -> None:
+    model = Three().double()
+    optimizer = Wrapped(torch.optim.SGD(model.parameters(), lr=0.01))
+    for searched in (True, False):
+        model(batch()).sum().backward()
+        optimizer.step()
+        assert searching() == searched
+
+
+def test_network_whose_forward_is_replaced(discovery: Discovery) -> None:
+    """As accelerate does for autocast: the new one is an attribute of the module itself."""
+    model = Three().double()
+    plain = model.forward
+
+    def forward(*args: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=False):
+            return plain(*args) * 2
+
+    model.forward = forward  # type: ignore[method-assign]
+    wanted = 2 * plain(x := batch())
+    for _ in range(4):
+        torch.testing.assert_close(model(x), wanted)
+    assert on_lanes() == 2
+
+
+def test_evaluation_before_training(discovery: Discovery) -> None:
+    """Lightning checks the validation loop first: what runs there without gradients decides nothing."""
+    model = Training()
+    model.eval()
+    with torch.inference_mode():
+        for _ in range(3):
+            model.net(batch())
+    model.train()
+    before = on_lanes()
+    for _ in range(3):
+        model.training_step(batch()).backward()
+    assert on_lanes() - before == 2
