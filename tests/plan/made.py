@@ -1,6 +1,7 @@
-"""Regions and candidates for the tests of plans."""
+"""Regions, plans and candidates for the tests of plans."""
 
 from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 
 from mpsrun.graph.regions import Branch, Region
 from mpsrun.plan.candidates import Candidate
@@ -43,3 +44,11 @@ def contenders(*workers: tuple[int, ...]) -> list[Candidate]:
     made = [Candidate("serial", Plan({0: Declined("serial")}), 1.0)]
     made += [Candidate(f"plan {i}", Plan({0: Assignment((0, *lanes))}), 1.0) for i, lanes in enumerate(workers, 1)]
     return made
+
+
+LINES = st.text(min_size=1).map(lambda text: " ".join(text.split())).filter(bool)
+CHOICES = st.one_of(
+    st.lists(st.integers(-(10**9) + 1, 10**9 - 1), min_size=1, max_size=8).map(lambda lanes: Assignment(tuple(lanes))),
+    LINES.map(Declined),
+)
+PLANS = st.dictionaries(st.integers(0, 10**9 - 1), CHOICES, max_size=5).map(Plan)

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from made import GPU, PATIENT, region
+from made import GPU, PATIENT, PLANS, region
 
 from mpsrun.errors import UsageError
 from mpsrun.graph.regions import Branch
@@ -102,14 +102,6 @@ def test_plans_know_what_they_use() -> None:
     plan = Plan({0: Assignment((0, 2, -1)), 1: Assignment((-3, 1, 2)), 2: Declined("small")})
     assert (plan.workers, plan.streams, plan.is_serial) == ({1, 2}, {-1, -3}, False)
     assert Plan({0: Assignment((0, 0)), 1: Declined("small")}).is_serial
-
-
-LINES = st.text(min_size=1).map(lambda text: " ".join(text.split())).filter(bool)
-CHOICES = st.one_of(
-    st.lists(st.integers(-(10**9) + 1, 10**9 - 1), min_size=1, max_size=8).map(lambda lanes: Assignment(tuple(lanes))),
-    LINES.map(Declined),
-)
-PLANS = st.dictionaries(st.integers(0, 10**9 - 1), CHOICES, max_size=5).map(Plan)
 
 
 @PATIENT

@@ -5,8 +5,7 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from made import PATIENT, region
-from test_plan import LINES, PLANS
+from made import LINES, PATIENT, PLANS, region
 
 from mpsrun.errors import UsageError
 from mpsrun.plan.plan import Assignment, Declined, Plan
