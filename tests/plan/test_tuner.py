@@ -63,6 +63,17 @@ DONE = replace(settled(THREE, 2), times_us=(SLOW, MIDDLE, FAST))
         (tuning(TURNS, EMPTY), WorkerLost(2), tuning(TURNS[:2], EMPTY, out=frozenset({2}), contenders=(0, 1))),
         (tuning(TURNS[1:], EMPTY), OutOfMemory(1), tuning(TURNS[2:], EMPTY, out=frozenset({1}), contenders=(0, 2))),
         (tuning(TURNS, EMPTY), OutOfMemory(0), tuning(TURNS, EMPTY)),  # the script's own; it was told already
+        # what was dropped had fewer steps, perhaps lucky ones; it is for when nothing else is left
+        (
+            tuning(TURNS[:2], (SLOW, MIDDLE, FAST), contenders=(0, 1)),
+            BudgetSpent(),
+            tuning([], (SLOW, MIDDLE, FAST), contenders=(0, 1), decided=1),
+        ),
+        (
+            tuning(TURNS[:2], (SLOW, MIDDLE, FAST), contenders=(0, 1)),
+            OutOfMemory(1),
+            tuning([], (SLOW, MIDDLE, FAST), contenders=(0,), out=frozenset({1}), decided=2),
+        ),
         (DONE, StepTimed(2, 1.0), DONE),
         (DONE, BudgetSpent(), DONE),
         (DONE, WorkerLost(3), DONE),
