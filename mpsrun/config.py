@@ -73,6 +73,13 @@ class Config:
         return self.log_dir if self.log_dir is not None else self._in_run_dir("mps-log")
 
     @property
+    def plan_cache_dir(self) -> Path:
+        """Directory of the plans that were found to be the fastest, which all runs of a user share."""
+        import platformdirs
+
+        return platformdirs.user_cache_path("mpsrun") / "plans"
+
+    @property
     def capture_marker(self) -> Path:
         """File which the lead makes once the script uses torch, so that workers may hear from it."""
         return self._in_run_dir("torch")

@@ -1,9 +1,9 @@
-"""Estimates of what a branch costs, from counts of its ops; measuring replaces them later."""
+"""What branches cost: measured where they were, else estimated from counts of their ops."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from mpsrun.graph.regions import Branch
+from mpsrun.graph.regions import Branch, Region
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,43 @@ MACHINES = {
 FORWARD_AND_BACKWARD = 3
 
 
+@dataclass(frozen=True)
+class Costs:
+    """Microseconds of forward and backward of every branch.
+
+    measured_us: by region index, the time alone of each branch; regions that are not in it are estimated.
+    """
+
+    machine: Machine
+    measured_us: Mapping[int, Sequence[float]] = field(default_factory=dict)
+
+    def branch_us(self, region: Region) -> list[float]:
+        """Each branch alone."""
+        measured = self.measured_us.get(region.index)
+        return [branch_us(branch, self.machine) for branch in region.branches] if measured is None else [*measured]
+
+    def launch_us(self, region: Region) -> list[float]:
+        """Of each branch, how long a Python thread is busy with launching it."""
+        return [
+            min(whole, FORWARD_AND_BACKWARD * _launch_us(branch, self.machine))
+            for branch, whole in zip(region.branches, self.branch_us(region), strict=True)
+        ]
+
+    def busy_us(self, region: Region) -> list[float]:
+        """Of each branch, the work of the whole device, which nothing else can be computed beside."""
+        return [
+            min(whole, FORWARD_AND_BACKWARD * _busy_us(branch, self.machine))
+            for branch, whole in zip(region.branches, self.branch_us(region), strict=True)
+        ]
+
+    def serial_us(self, region: Region) -> float:
+        """The region in the lead, one branch after the other."""
+        return sum(self.branch_us(region))
+
+
 def branch_us(branch: Branch, machine: Machine) -> float:
     """Microseconds of forward and backward: the slowest of launching, computing and moving bytes."""
-    launch_us = branch.kernels * machine.launch_us
-    compute_us = branch.flops / machine.flops_per_s * 1e6
-    memory_us = branch.bytes / machine.bytes_per_s * 1e6
-    return FORWARD_AND_BACKWARD * max(launch_us, compute_us, memory_us)
+    return FORWARD_AND_BACKWARD * max(_launch_us(branch, machine), _busy_us(branch, machine))
 
 
 def crossing_us(branches: Sequence[Branch], machine: Machine) -> float:
@@ -44,3 +75,11 @@ def crossing_us(branches: Sequence[Branch], machine: Machine) -> float:
     crossed_bytes = sum(branch.bytes_in + branch.bytes_out for branch in branches)
     # Written and read once each, in forward and as gradients.
     return machine.crossing_us + 4 * crossed_bytes / machine.bytes_per_s * 1e6
+
+
+def _launch_us(branch: Branch, machine: Machine) -> float:
+    return branch.kernels * machine.launch_us
+
+
+def _busy_us(branch: Branch, machine: Machine) -> float:
+    return max(branch.flops / machine.flops_per_s, branch.bytes / machine.bytes_per_s) * 1e6

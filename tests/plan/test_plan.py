@@ -1,27 +1,15 @@
 """Plans: who runs where, when it is declined, and plans as text."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from made import GPU, PATIENT, PLANS, region
 
 from mpsrun.errors import UsageError
-from mpsrun.graph.regions import Branch, Region
-from mpsrun.plan.cost import MACHINES, Machine, branch_us
-from mpsrun.plan.plan import Assignment, Declined, Plan, plan_region
-
-GPU = Machine(launch_us=10.0, flops_per_s=1e12, bytes_per_s=1e12, crossing_us=300.0)
-
-
-def region(*kernels: int, pinned: tuple[int, ...] = (), crossing_bytes: int = 0) -> Region:
-    branches = tuple(
-        Branch(
-            nodes=(),
-            pinned="because" if index in pinned else None,
-            kernels=count,
-            bytes_in=crossing_bytes,
-            bytes_out=crossing_bytes,
-        )
-        for index, count in enumerate(kernels)
-    )
-    return Region(0, branches)
+from mpsrun.graph.regions import Branch
+from mpsrun.plan.cost import MACHINES, Costs, branch_us
+from mpsrun.plan.lanes import is_stream, is_worker, lane_name, lane_of
+from mpsrun.plan.plan import Assignment, Declined, Plan, decide, plan_region
 
 
 def test_cost_is_the_slowest_of_launching_computing_and_moving() -> None:
@@ -86,6 +74,56 @@ def test_without_workers_or_unpinned_branches() -> None:
     assert isinstance(plan_region(region(9, 9, pinned=(0, 1)), [1], GPU, forced=True), Declined)
 
 
+def test_a_device_that_one_branch_keeps_busy_is_left_to_the_lead() -> None:
+    """Rates are those of the whole device: two branches that are bound by them take as long together as in turn."""
+    plan = plan_region(region(1, 1, flops=10**10), [1], GPU, forced=False)
+    assert isinstance(plan, Declined)
+    assert "of 60000 us it would save -300 us" in plan.reason
+
+
+def test_measured_costs_go_before_estimates() -> None:
+    small = region(1, 1, 1)
+    assert isinstance(decide(small, [1, 2], Costs(GPU), forced=False), Declined)
+    measured = Costs(GPU, {0: (9_000.0, 1_000.0, 9_000.0)})
+    assert decide(small, [1, 2], measured, forced=False) == Assignment((1, 0, 2))
+    assert measured.serial_us(small) == 19_000
+
+
+def test_names_of_lanes() -> None:
+    names = {0: "lead", 1: "worker 1", 12: "worker 12", -1: "stream 1", -12: "stream 12"}
+    for lane, name in names.items():
+        assert lane_name(lane) == name
+        assert lane_of(name) == lane
+        assert (is_worker(lane), is_stream(lane)) == (name.startswith("worker"), name.startswith("stream"))
+    assert [lane_of(name) for name in ("", "worker", "worker 01", "Lead", "stream 0", "worker ٣")] == [None] * 6
+
+
+def test_plans_know_what_they_use() -> None:
+    plan = Plan({0: Assignment((0, 2, -1)), 1: Assignment((-3, 1, 2)), 2: Declined("small")})
+    assert (plan.workers, plan.streams, plan.is_serial) == ({1, 2}, {-1, -3}, False)
+    assert Plan({0: Assignment((0, 0)), 1: Declined("small")}).is_serial
+
+
+@PATIENT
+@given(PLANS)
+def test_any_plan_reads_back_from_its_text(plan: Plan) -> None:
+    assert Plan.parse(str(plan)) == plan
+
+
+@PATIENT
+@given(st.text())
+def test_any_text_is_a_plan_or_a_usage_error(text: str) -> None:
+    try:
+        plan = Plan.parse(text)
+    except UsageError:
+        return
+    assert Plan.parse(str(plan)) == plan
+
+
+def test_a_reason_of_several_lines_is_written_as_one() -> None:
+    assert str(Plan({0: Declined("too\n small")})) == "region 0: declined, too small\n"
+
+
 def test_plans_read_back_from_their_text() -> None:
     plan = Plan({0: Assignment((0, 1, 2, 0)), 1: Declined("too small: of 3 us"), 7: Assignment((0, 12))})
     assert str(plan) == (
@@ -98,8 +136,9 @@ def test_plans_read_back_from_their_text() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["region", "region x: lead", "region 0: led", "region 0: worker 0", "region 0: lead | | lead",
-     "region 0: lead, worker 1", "region 0: declined", "region 0: lead\nregion 0: lead"],
+    ["region", "region x: lead", "region 0: led", "region 0: worker 0", "region 0: stream 0", "region 0: stream -1",
+     "region 0: worker 1 stream 1", f"region {'9' * 5000}: lead", f"region 0: worker {'9' * 5000}",
+     "region 0: lead | | lead", "region 0: lead, worker 1", "region 0: declined", "region 0: lead\nregion 0: lead"],
 )  # fmt: skip
 def test_other_text_is_a_usage_error(text: str) -> None:
     with pytest.raises(UsageError, match="plan, line"):

@@ -1,0 +1,168 @@
+"""The plans of a graph that are worth some training steps each."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from mpsrun.graph.regions import Region
+from mpsrun.plan.assign import hopeless, region_us, spread
+from mpsrun.plan.cost import Costs
+from mpsrun.plan.lanes import LEAD
+from mpsrun.plan.plan import Assignment, Declined, Plan, decide, immovable, left_with
+
+MAX_CANDIDATES = 6
+# With the lead's own stream these are the 8 hardware queues of a process (CUDA_DEVICE_MAX_CONNECTIONS).
+SIDE_STREAMS = tuple(-i for i in range(1, 8))
+SERIAL = "serial"
+
+_Choice = Assignment | Declined
+_Chooser = Callable[[Region], _Choice]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan to try; predicted_us: microseconds of all regions together, forward and backward."""
+
+    name: str
+    plan: Plan
+    predicted_us: float
+
+
+def candidates(
+    regions: Sequence[Region], worker_ids: Sequence[int], costs: Costs, has_streams: bool
+) -> tuple[Candidate, ...]:
+    """At most `MAX_CANDIDATES` plans that differ, the best predicted first.
+
+    regions: all of a graph, parents before children. worker_ids: the lanes of the workers that may be used.
+    has_streams: whether the lead's device has side streams. Always in: serial; side streams, if the device has them;
+    the plan that hands every region to all workers that is not hopeless.
+    """
+    planner = _Planner(regions, worker_ids, costs)
+    wanted = [planner.candidate(SERIAL, lambda _region: Declined("serial"))]
+    if has_streams:
+        wanted.append(planner.candidate("streams", planner.on_streams))
+    wanted.append(planner.candidate(f"workers, {len(worker_ids) + 1} lanes", planner.on_every_worker))
+    optional = planner.worker_candidates()
+    if has_streams:
+        optional.append(planner.candidate("mixed", planner.fastest))
+    return _best(_different(wanted), optional)
+
+
+def predicted_us(plan: Plan, regions: Sequence[Region], costs: Costs) -> float:
+    """Microseconds of all regions under `plan`; what an inner region saves shortens the branch around it."""
+    saved_us: dict[int, dict[int, float]] = {}
+    total_us = 0.0
+    for region in reversed(regions):
+        lanes = _lanes(plan.regions[region.index], region)
+        us = region_us(region, lanes, costs, saved_us.get(region.index))
+        if region.parent is None:
+            total_us += us
+        else:
+            index, branch = region.parent
+            inside = saved_us.setdefault(index, {})
+            inside[branch] = inside.get(branch, 0.0) + costs.serial_us(region) - us
+    return total_us
+
+
+def nesting_of(regions: Sequence[Region]) -> Mapping[int, list[int]]:
+    """By region index, the branches that have regions of their own inside."""
+    inner = {region.parent for region in regions}
+    return {
+        region.index: [branch for branch in range(len(region.branches)) if (region.index, branch) in inner]
+        for region in regions
+    }
+
+
+class _Planner:
+    """Makes candidates from a choice for each region."""
+
+    def __init__(self, regions: Sequence[Region], worker_ids: Sequence[int], costs: Costs) -> None:
+        self._regions, self._workers, self._costs = regions, worker_ids, costs
+        self._by_index = {region.index: region for region in regions}
+        self._nesting = nesting_of(regions)
+
+    def candidate(self, name: str, choose: _Chooser) -> Candidate:
+        """Outer regions choose first, and a branch that leaves takes its inner regions along."""
+        made: dict[int, _Choice] = {}
+        for region in self._regions:
+            around = left_with(region, Plan(made), self._by_index)
+            if around is None:
+                made[region.index] = choose(region)
+            else:
+                made[region.index] = Declined(f"goes along with branch {around[1]} of region {around[0]}")
+        plan = Plan(made)
+        return Candidate(name, plan, predicted_us(plan, self._regions, self._costs))
+
+    def worker_candidates(self) -> list[Candidate]:
+        """With 2, 3, ... lanes, each region only where that pays; then variants with all lanes."""
+        if not self._workers:
+            return []
+        every = f"workers, {len(self._workers) + 1} lanes"
+        return [
+            *(
+                self.candidate(f"workers, {n + 1} lanes", self._paying(self._workers[:n]))
+                for n in range(1, len(self._workers))
+            ),
+            self.candidate(f"{every}, where it pays", self._paying(self._workers)),
+            self.candidate(f"{every}, lead kept free", self._lead_free),
+            self.candidate(f"{every}, inner regions", self._innermost),
+        ]
+
+    def on_streams(self, region: Region) -> _Choice:
+        reason = immovable(region)
+        if reason is not None:
+            return Declined(reason)
+        side = SIDE_STREAMS[: len(region.branches) - 1]
+        return Assignment(spread(region, side, self._costs, self._nesting[region.index]))
+
+    def on_every_worker(self, region: Region) -> _Choice:
+        reason = hopeless(region, self._costs)
+        if reason is not None:
+            return Declined(reason)
+        return decide(region, self._workers, self._costs, True, self._nesting[region.index])
+
+    def fastest(self, region: Region) -> _Choice:
+        """Serial, streams or workers, whichever is predicted to be the fastest for this region."""
+        choices = [Declined("serial is predicted to be the fastest"), self.on_streams(region)]
+        choices.append(self._paying(self._workers)(region))
+        return min(choices, key=lambda choice: region_us(region, _lanes(choice, region), self._costs))
+
+    def _paying(self, workers: Sequence[int]) -> _Chooser:
+        return lambda region: decide(region, workers, self._costs, False, self._nesting[region.index])
+
+    def _lead_free(self, region: Region) -> _Choice:
+        """As with all lanes, but where that is predicted to be no slower the lead keeps nothing."""
+        usual = self._paying(self._workers)(region)
+        if immovable(region) is not None or hopeless(region, self._costs) is not None:
+            return usual
+        lanes = spread(region, self._workers, self._costs, self._nesting[region.index], lead_share=False)
+        now_us = region_us(region, _lanes(usual, region), self._costs)
+        return Assignment(lanes) if region_us(region, lanes, self._costs) <= now_us else usual
+
+    def _innermost(self, region: Region) -> _Choice:
+        if self._nesting[region.index]:
+            return Declined("its inner regions go to the workers instead")
+        return self._paying(self._workers)(region)
+
+
+def _lanes(choice: _Choice, region: Region) -> tuple[int, ...]:
+    return choice.lanes if isinstance(choice, Assignment) else (LEAD,) * len(region.branches)
+
+
+def _different(made: Sequence[Candidate]) -> list[Candidate]:
+    """The first of those that put every branch on the same lane."""
+    seen: dict[tuple[tuple[int, _Choice], ...], Candidate] = {}
+    for candidate in made:
+        assigned = sorted(
+            (index, choice)
+            for index, choice in candidate.plan.regions.items()
+            if isinstance(choice, Assignment) and any(choice.lanes)
+        )
+        seen.setdefault(tuple(assigned), candidate)
+    return list(seen.values())
+
+
+def _best(wanted: Sequence[Candidate], optional: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """All that are wanted, and of the others the best predicted, as far as there is room."""
+    others = _different([*wanted, *sorted(optional, key=lambda candidate: candidate.predicted_us)])[len(wanted) :]
+    chosen = [*wanted, *others[: MAX_CANDIDATES - len(wanted)]]
+    return tuple(sorted(chosen, key=lambda candidate: candidate.predicted_us))

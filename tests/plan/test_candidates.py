@@ -1,0 +1,162 @@
+"""Which plans are tried, what they are predicted to take, what they could give at best, and their memory."""
+
+import itertools
+from collections.abc import Sequence
+
+from hypothesis import given
+from hypothesis import strategies as st
+from made import GPU, PATIENT, region
+
+from mpsrun.graph.regions import Region
+from mpsrun.plan.assign import hopeless
+from mpsrun.plan.bound import Bound, bound
+from mpsrun.plan.candidates import MAX_CANDIDATES, Candidate, candidates, nesting_of, predicted_us
+from mpsrun.plan.cost import MACHINES, Costs
+from mpsrun.plan.memory import CONTEXT_BYTES, affordable, memory_needed_bytes, too_large
+from mpsrun.plan.plan import Assignment, Declined, Plan
+from mpsrun.plan.planfile import fits
+
+COSTS = Costs(GPU)
+NO = Declined("no")
+
+
+def by_name(found: Sequence[Candidate]) -> dict[str, Candidate]:
+    assert len({candidate.name for candidate in found}) == len(found)
+    return {candidate.name: candidate for candidate in found}
+
+
+def test_towers() -> None:
+    found = by_name(candidates([region(100, 100, 100, 100)], [1, 2, 3], COSTS, has_streams=True))
+    assert list(found) == ["workers, 4 lanes", "workers, 2 lanes", "workers, 3 lanes", "serial", "streams"]
+    assert found["workers, 4 lanes"].plan == Plan({0: Assignment((0, 1, 2, 3))})
+    assert found["workers, 4 lanes"].predicted_us == 3_000 + 300
+    assert found["streams"].plan == Plan({0: Assignment((0, -1, -2, -3))})
+    assert found["serial"].plan.is_serial
+    assert found["serial"].predicted_us == 12_000
+
+
+def test_small_regions_are_declined_where_it_must_pay_and_tried_where_there_is_hope() -> None:
+    regions = [region(100, 100), region(9, 9, index=1), region(1, 1, index=2)]
+    found = by_name(candidates(regions, [1], COSTS, has_streams=False))
+    assert list(found) == ["workers, 2 lanes, where it pays", "workers, 2 lanes", "serial"]
+    paying, every = found["workers, 2 lanes, where it pays"].plan, found["workers, 2 lanes"].plan
+    assert [isinstance(paying.regions[i], Assignment) for i in range(3)] == [True, False, False]
+    assert [isinstance(every.regions[i], Assignment) for i in range(3)] == [True, True, False]
+
+
+def test_regions_choose_their_kind_of_lane_in_the_mixed_plan() -> None:
+    overlapping = Costs(GPU, {0: (900.0, 900.0), 1: (9_000.0, 9_000.0)})
+    regions = [region(1, 1), region(300, 300, index=1), region(1, 1, index=2)]
+    mixed = by_name(candidates(regions, [1], overlapping, has_streams=True))["mixed"].plan
+    assert mixed.regions[0] == Assignment((0, -1))
+    assert mixed.regions[1] == Assignment((0, 1))
+    assert isinstance(mixed.regions[2], Declined)
+
+
+def test_the_lead_is_kept_free_where_that_is_no_slower() -> None:
+    name = "workers, 4 lanes, lead kept free"
+    assert name not in by_name(candidates([region(90, 90, 90, 90)], [1, 2, 3], COSTS, has_streams=False))
+    found = by_name(candidates([region(90, 90, 90)], [1, 2, 3], COSTS, has_streams=False))
+    assert found[name].plan == Plan({0: Assignment((1, 2, 3))})
+
+
+NESTED = [region(40, 400), region(130, 130, 130, index=1, parent=(0, 1)), region(3, 3, index=2, parent=(1, 0))]
+
+
+def test_a_branch_that_leaves_takes_its_inner_regions_along() -> None:
+    towers = [region(200, 200), region(100, 100, index=1, parent=(0, 0)), region(100, 100, index=2, parent=(0, 1))]
+    found = by_name(candidates(towers, [1], COSTS, has_streams=False))
+    outer, inner = found["workers, 2 lanes"].plan, found["workers, 2 lanes, inner regions"].plan
+    assert outer.regions[0] == Assignment((1, 0)) or outer.regions[0] == Assignment((0, 1))
+    assert [isinstance(choice, Declined) for choice in outer.regions.values()].count(True) == 1
+    assert isinstance(inner.regions[0], Declined)
+    assert [inner.regions[i] for i in (1, 2)] == [Assignment((0, 1))] * 2
+
+
+def test_prediction_counts_inner_regions_inside_their_branch() -> None:
+    plan = Plan({0: Assignment((1, 0)), 1: Assignment((0, 1, 2)), 2: NO})
+    inner = 130 * 30 + 300
+    rest = 400 * 30 - 3 * 130 * 30 + inner
+    assert predicted_us(plan, NESTED, COSTS) == rest + 300
+    assert predicted_us(Plan({0: NO, 1: NO, 2: NO}), NESTED, COSTS) == 440 * 30
+
+
+def test_without_anything_to_try_serial_is_left() -> None:
+    assert [c.name for c in candidates([], [1], COSTS, has_streams=True)] == ["serial"]
+    assert [c.name for c in candidates([region(900, 900)], [], COSTS, has_streams=False)] == ["serial"]
+    assert [c.name for c in candidates([region(900, 900)], [1], Costs(MACHINES["cpu"]), False)] == ["serial"]
+    assert [c.name for c in candidates([region(9, 9, pinned=(0, 1))], [1], COSTS, True)] == ["serial"]
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> list[Region]:
+    found: list[Region] = []
+    for index in range(draw(st.integers(0, 5))):
+        places = [(r.index, branch) for r in found for branch in range(len(r.branches))]
+        parent = draw(st.sampled_from([None, *places]))
+        # Four inner regions of six branches fit into a branch.
+        most = 200 if parent is None else found[parent[0]].branches[parent[1]].kernels // (4 * 6)
+        kernels = draw(st.lists(st.integers(0, most), min_size=2, max_size=6))
+        pinned = draw(st.sets(st.integers(0, len(kernels) - 1), max_size=len(kernels) - 1))
+        found.append(region(*kernels, pinned=tuple(pinned), index=index, parent=parent))
+    return found
+
+
+@PATIENT
+@given(graphs(), st.integers(0, 4), st.booleans())
+def test_candidates_of_any_graph(regions: list[Region], worker_count: int, has_streams: bool) -> None:
+    found = candidates(regions, range(1, worker_count + 1), COSTS, has_streams)
+    plans = [candidate.plan for candidate in found]
+    assert [plan.is_serial for plan in plans].count(True) == 1
+    assert len(found) <= MAX_CANDIDATES
+    assert found == tuple(sorted(found, key=lambda candidate: candidate.predicted_us))
+    for one, other in itertools.combinations(plans, 2):
+        assert lanes_of(one) != lanes_of(other)
+    for plan in plans:
+        assert fits(plan, regions, worker_count, has_streams) is None
+    if worker_count:
+        outer = [r.index for r in regions if r.parent is None and hopeless(r, COSTS) is None]
+        assert any(set(outer) <= set(lanes_of(plan)) for plan in plans if not plan.streams)
+
+
+def lanes_of(plan: Plan) -> dict[int, tuple[int, ...]]:
+    return {i: c.lanes for i, c in plan.regions.items() if isinstance(c, Assignment) and any(c.lanes)}
+
+
+def test_nesting() -> None:
+    assert nesting_of(NESTED) == {0: [1], 1: [0], 2: []}
+
+
+def test_bound_follows_the_critical_path() -> None:
+    assert bound([region(10, 20, 30), region(5, 5, index=1)], COSTS) == Bound(1800 + 300, 900 + 150)
+    inner_saves = 2 * 130 * 30
+    assert bound(NESTED[:2], COSTS) == Bound(440 * 30, 400 * 30 - inner_saves)
+    assert Bound(3000, 1000).speed_up == 3
+    assert Bound(3000, 1000).step_speed_up(5000) == 5 / 3
+    assert bound([], COSTS).speed_up == bound([], COSTS).step_speed_up(0.0) == 1
+
+
+@PATIENT
+@given(graphs(), st.integers(1, 4))
+def test_no_prediction_is_better_than_the_bound(regions: list[Region], worker_count: int) -> None:
+    best = min(c.predicted_us for c in candidates(regions, range(1, worker_count + 1), COSTS, has_streams=True))
+    assert best >= bound(regions, COSTS).critical_us - 1e-6
+
+
+def test_memory_is_contexts_slots_and_activations() -> None:
+    regions = [region(100, 100, 100, crossing_bytes=1000, moved_bytes=4000)]
+    assert memory_needed_bytes(Plan({0: NO}), regions) == 0
+    plan = Plan({0: Assignment((0, 1, 2))})
+    assert memory_needed_bytes(plan, regions) == 2 * CONTEXT_BYTES + 2 * 2 * 2000 + 2 * 2000
+    assert memory_needed_bytes(plan, regions, ready_workers=[1, 2, 3]) == 2 * 2 * 2000 + 2 * 2000
+    assert memory_needed_bytes(Plan({0: Assignment((0, -1, 0))}), regions) == 2000
+
+
+def test_candidates_for_which_there_is_no_memory_are_left_out() -> None:
+    regions = [region(100, 100, 100, 100)]
+    found = candidates(regions, [1, 2, 3], COSTS, has_streams=False)
+    kept = affordable(found, regions, free_bytes=CONTEXT_BYTES + 1)
+    assert [candidate.name for candidate in kept] == ["workers, 2 lanes", "serial"]
+    assert [candidate.name for candidate in affordable(found, regions, free_bytes=-1)] == ["serial"]
+    assert too_large(kept[0].plan, regions, 2**20) == "needs 500 MiB of the device's memory, 1 MiB are free"
+    assert too_large(kept[0].plan, regions, CONTEXT_BYTES) is None

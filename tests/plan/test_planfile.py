@@ -1,0 +1,102 @@
+"""Plans of several graphs in one file, and plans that do not fit."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from made import LINES, PATIENT, PLANS, region
+
+from mpsrun.errors import UsageError
+from mpsrun.plan.plan import Assignment, Declined, Plan
+from mpsrun.plan.planfile import GraphPlan, PlanFile, fits
+
+TEXT = """# mpsrun plan 1
+
+graph 3f2a9c01d4e5b6a7  4 transformer towers, 4x128x64
+region 0: lead | worker 1 | worker 2 | worker 3
+
+graph 00ff00ff
+# tried on an H100
+region 0: declined, too small
+region 1: stream 1 | lead
+"""
+TOWERS = Plan({0: Assignment((0, 1, 2, 3))})
+
+
+def test_a_file_is_read_and_written() -> None:
+    file = PlanFile.parse(TEXT)
+    assert file.plan_for("3f2a9c01d4e5b6a7") == TOWERS
+    assert file.graphs["3f2a9c01d4e5b6a7"].description == "4 transformer towers, 4x128x64"
+    assert file.plan_for("00ff00ff") == Plan({0: Declined("too small"), 1: Assignment((-1, 0))})
+    assert str(file) == TEXT.replace("# tried on an H100\n", "")
+    assert (
+        str(PlanFile().with_plan("3f2a9c01d4e5b6a7", "4 transformer towers,\n 4x128x64", TOWERS))
+        == (TEXT[: TEXT.index("\ngraph 00ff")])
+    )
+
+
+FINGERPRINTS = st.text("0123456789abcdef", min_size=8, max_size=64)
+
+
+@PATIENT
+@given(st.dictionaries(FINGERPRINTS, st.builds(GraphPlan, st.one_of(LINES, st.just("")), PLANS), max_size=4))
+def test_any_file_reads_back_from_its_text(graphs: dict[str, GraphPlan]) -> None:
+    file = PlanFile(graphs)
+    assert PlanFile.parse(str(file)) == file
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "at the top, found an empty file; write one with --save-plan"),
+        ("# mpsrun plan 2\n", "expected '# mpsrun plan 1' at the top, found '# mpsrun plan 2' in line 1"),
+        ("region 0: lead\n", "found 'region 0: lead' in line 1"),
+        ("# mpsrun plan 1\nregion 0: lead\n", "my.plan, line 2: expected 'graph FINGERPRINT  description'"),
+        ("# mpsrun plan 1\ngraph 0A0B0C0D\n", "my.plan, line 2: expected 'graph FINGERPRINT  description'"),
+        ("# mpsrun plan 1\ngraph 00ff00ff\ngraph 7\n", "line 3: .*found 'graph 7'; correct or delete the line"),
+        ("# mpsrun plan 1\n\ngraph 00ff00ff\nregion 0: led\n", "my.plan, line 4: .*found 'region 0: led'; correct"),
+        (
+            "# mpsrun plan 1\ngraph 00ff00ff\nregion 0: lead\nregion 0: lead\n",
+            "line 4: .*second one for region 0; keep",
+        ),
+        ("# mpsrun plan 1\ngraph 00ff00ff\ngraph 00ff00ff\n", "line 3: expected each graph once, found 00ff00ff again"),
+    ],
+)
+def test_other_text_is_a_usage_error(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        PlanFile.parse(text, "my.plan")
+
+
+def test_a_graph_that_the_file_does_not_know() -> None:
+    with pytest.raises(UsageError, match=r"expected a plan for graph abcdef01, found .*4 transformer towers.*--save"):
+        PlanFile.parse(TEXT).plan_for("abcdef01")
+
+
+NESTED = [region(5, 5), region(3, 3, index=1, parent=(0, 1)), region(1, 1, index=2, parent=(1, 0))]
+NO = Declined("no")
+
+
+@pytest.mark.parametrize(
+    ("plan", "regions", "reason"),
+    [
+        (TOWERS, [region(1, 1, 1, 1)], None),
+        (TOWERS, [region(1, 1, 1)], "for another network: expected 3 lanes for region 0, found 4"),
+        (TOWERS, [region(1, 1), region(1, 1, index=1)], "expected regions 0, 1, found 0"),
+        (TOWERS, [], "expected regions none, found 0"),
+        (Plan({0: Assignment((0, 4))}), [region(1, 1)], "uses worker 4, and the run has 3; start more with --workers"),
+        (Plan({0: Assignment((1, 0))}), [region(1, 1, pinned=(0,))], "branch 0 of region 0 must stay .*because"),
+        (Plan({0: Assignment((1, 0)), 1: Assignment((0, 2)), 2: NO}), NESTED, None),
+        (Plan({0: Assignment((0, 1)), 1: Assignment((0, 2)), 2: NO}), NESTED, "region 1 lies inside branch 1"),
+        (Plan({0: Assignment((0, -1)), 1: NO, 2: Assignment((0, 2))}), NESTED, "region 2 lies inside branch 1 of .* 0"),
+    ],
+)
+def test_whether_a_plan_fits(plan: Plan, regions: list, reason: str | None) -> None:
+    found = fits(plan, regions, worker_count=3)
+    assert found is None if reason is None else re.search(reason, found or "")
+
+
+def test_streams_need_a_device_that_has_them() -> None:
+    plan = Plan({0: Assignment((0, -1))})
+    assert fits(plan, [region(1, 1)], 0) is None
+    assert fits(plan, [region(1, 1)], 0, has_streams=False) == "it uses stream 1, and this device has no streams"
