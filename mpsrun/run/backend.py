@@ -20,6 +20,7 @@ from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.lower import Lowered, lower
 from mpsrun.run.overlaps import Overlaps
 from mpsrun.run.specialize import Cutter, Observation, meta_of, needed_nodes
+from mpsrun.run.verify import Verification
 
 LANES = ("auto", "serial", "workers")
 MOST_SPECIALS = 64  # sets of sizes of one graph that are kept prepared
@@ -68,13 +69,17 @@ class Options:
 
 @dataclass
 class _Special:
-    """What a graph became for one set of sizes and modes: lowered regions and the function that runs them."""
+    """What a graph became for one set of sizes and modes: lowered regions and the function that runs them.
+
+    verified: how many calls were compared with plain PyTorch.
+    """
 
     epoch: int
     regions: list[Lowered]
     run: Callable[..., Any]
     reports: list[report.RegionReport]
     ready: bool = False
+    verified: int = 0
 
 
 class Graph:
@@ -91,6 +96,7 @@ class Graph:
         self.summary = report.Graph()
         self._regions: tuple[Region, ...] = ()
         self._coordinator: Coordinator | None = None
+        self._verification: Verification | None = None
         if options.lanes != "serial":
             try:
                 self._look(gm)
@@ -130,6 +136,8 @@ class Graph:
         self._coordinator = session.coordinator(kind)
         if self._coordinator is None:
             self.summary.note(session.why_none())
+        elif config.current().verify:
+            self._verification = Verification.of(gm, self._effects, kind)
 
     def _worth_it(self, machine: Any) -> bool:
         """Whether the plan would use any worker at all, were they all there."""
@@ -175,7 +183,17 @@ class Graph:
                 return self._gm.forward(*args)
         if special.reports:
             self.summary.called(special.reports)
+            if self._verification is not None:
+                return self._verified(self._verification, special, args)
         return special.run(*args)
+
+    def _verified(self, verification: Verification, special: _Special, args: tuple[Any, ...]) -> Any:
+        if special.verified == verification.steps:
+            verification.settle()
+            return special.run(*args)
+        special.verified += 1
+        crossings = [(strand.crossing, strand.args) for lowered in special.regions for strand in lowered.cut.strands]
+        return verification.call(special.run, args, special.verified, crossings)
 
     def _first(self, key: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
         coordinator = self._coordinator
