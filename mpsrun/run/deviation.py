@@ -18,7 +18,7 @@ Pair = tuple[str, Any, Any]
 class Tolerance:
     """What may differ: `allowed` is the largest entry of a tensor's difference, relative to the largest of the tensor.
 
-    A tensor counts as no smaller than `floor` times the largest one of its kind, a gradient than `gradient_floor` times:
+    A tensor counts as no smaller than `floor` times the largest one of its kind, a gradient as `gradient_floor` times:
     some are zero but for rounding, such as that of a bias in front of a batch norm, and what is rounded away there is
     as large as in the others. overflows: large gradients may become infinite.
     """
@@ -56,7 +56,7 @@ def _inside_float32(device: str) -> str:
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far one tensor is off: `size` is relative, and infinite where there is no number, for which `note` says why."""
+    """How far one tensor is off: `size` is relative, and infinite where there is no number; `note` says why."""
 
     kind: str
     name: str

@@ -207,5 +207,5 @@ def _share_entries(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.dtype != b.dtype:
         return True
     places = torch.arange(a.untyped_storage().nbytes() // a.itemsize, device=a.device)
-    mine, others = (places.as_strided(x.shape, x.stride(), x.storage_offset()) for x in (a, b))
+    mine, others = (places.as_strided(x.shape, x.stride(), x.storage_offset()).flatten() for x in (a, b))
     return bool(torch.isin(mine, others).any())
