@@ -80,8 +80,7 @@ def _set_generators(states: Generators) -> None:
 
 
 def _leaf(arg: torch.Tensor, copies: Mapping[int, torch.UntypedStorage]) -> torch.Tensor:
-    ordinary = type(arg) in ORDINARY and arg.layout == torch.strided
-    copy = copies.get(arg.untyped_storage()._cdata) if ordinary else None
+    copy = copies.get(arg.untyped_storage()._cdata)
     if copy is None:
         return arg.detach().requires_grad_(arg.requires_grad)
     made = torch.empty(0, dtype=arg.dtype, device=arg.device)
@@ -92,11 +91,10 @@ def _refusal(effects: Effects, writes: frozenset[int]) -> str | None:
     for node, fact in effects.facts.items():
         if node.op.startswith("call") and _is_collective(node):
             return f"{node.name} speaks to other processes"
-        value = effects.values.get(node)
-        if fact.outputs & writes and node.op == "get_attr":
+        if node.op == "get_attr" and fact.outputs & writes:
             return f"the constant {node.name} is written"
-        if fact.outputs & writes and node.op == "placeholder" and not _is_ordinary(value):
-            return f"{names.argument(node)}, which is written, is a {type(value).__name__}"
+        if node.op == "placeholder" and not _is_ordinary(effects.values[node]):
+            return f"{names.argument(node)} is a sparse tensor or of a tensor subclass"
     return None
 
 
@@ -106,4 +104,5 @@ def _is_collective(node: fx.Node) -> bool:
 
 
 def _is_ordinary(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and type(value) in ORDINARY and value.layout == torch.strided
+    """Whether a value is no tensor or one with a storage: of others it is not known when they are written."""
+    return not isinstance(value, torch.Tensor) or (type(value) in ORDINARY and value.layout == torch.strided)

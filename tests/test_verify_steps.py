@@ -6,21 +6,24 @@ import gc
 from collections.abc import Callable
 from typing import Any
 
+import pool
 import pytest
 import torch
 from networks import SMALL, Heads, Three
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 from transparency import TOLERANCE, assert_same, assert_transparent, on_lanes, trained
 
 from mpsrun import config
 from mpsrun.device.arena import Room
+from mpsrun.graph.effects import analyze
 from mpsrun.run import forkjoin, report, verify
 from mpsrun.run import state as modes
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.crossing import Share
 from mpsrun.run.deviation import FLOAT32, FLOAT64, HALF, TF32, compare, tolerance
 from mpsrun.run.gates import Gates
+from mpsrun.run.plainrun import PlainRun
 from mpsrun.wire import messages as m
 
 STEPS = 2
@@ -31,11 +34,7 @@ Capture = pytest.CaptureFixture[str]
 @pytest.fixture(autouse=True)
 def _verifying(workers: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compiled in a test is verified; every line of --verbose is written."""
-    settings = dataclasses.replace(workers.settings, verify=STEPS, verbose=True)
-    monkeypatch.setattr(config, "current", lambda: settings)
-    monkeypatch.setattr(verify, "_all", [])
-    monkeypatch.setattr(verify, "_said", False)
-    report.graphs.clear()
+    pool.verify_steps(workers, STEPS, monkeypatch)
 
 
 def lines(capfd: Capture) -> list[str]:
@@ -296,21 +295,62 @@ def test_training_is_equal_to_the_bit(capfd: Capture, monkeypatch: pytest.Monkey
     assert lines_at_the_end(capfd) == []
 
 
-def test_two_networks_that_share_a_graph(workers: Coordinator) -> None:
-    models = [Three().double() for _ in range(2)]
-    twins = [prepared(copy.deepcopy(model)) for model in models]
-    for plain, fast in zip(models, twins, strict=True):
-        plain(x()), plain(x())
-        fast(x(1)).sum().backward(), plain(x(1)).sum().backward()
-        assert_same(gradients(fast), gradients(plain), "twins", TOLERANCE)
-        bound = [tensor() for share in shares_of(workers) for tensor in share.statics.values()]
-        assert {id(tensor) for tensor in bound} <= {id(t) for t in (*fast.parameters(), *fast.buffers())}
+def test_workers_are_told_of_the_scripts_own_parameters(workers: Coordinator) -> None:
+    model = prepared(Three().double())
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    model(x()).sum().backward()  # verified, and the workers have to be told where parameters are now
+    gc.collect()
+    shares = [share for share in gc.get_objects() if type(share) is Share and share.link in workers.links]
+    known = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    assert shares
+    assert all(id(tensor()) in known for share in shares for tensor in share.statics.values())
 
 
-def shares_of(workers: Coordinator) -> list[Share]:
-    """What crosses to the workers of this test's networks."""
-    gc.collect()  # those of earlier tests
-    return [share for share in gc.get_objects() if type(share) is Share and share.link in workers.links]
+def test_parts_that_were_not_asked_for_can_be_asked_for_next() -> None:
+    model = on_lanes(Chunks().double(), 2)
+    for _ in range(3):
+        first, second = model(x())
+        loss = first.sum() + second.sum()
+        (graph,) = report.graphs
+        (region,) = graph.regions
+        for lane in (0, 1):  # without a retained graph: the two have nothing in common that is saved
+            branch = region.lanes.index(lane)
+            (gradient,) = torch.autograd.grad(loss, model.paths[branch][0].weight)
+            assert gradient.abs().sum() > 0
+
+
+def graph_that_writes(argument: Tensor) -> fx.GraphModule:
+    """Adds an argument to a constant of the graph, and the other way round; then waits for other processes."""
+    root = nn.Module()
+    root.register_buffer("constant", torch.ones(2, 2))
+    graph = fx.Graph()
+    given = graph.placeholder("given")
+    given.meta["example_value"] = argument
+    constant = graph.get_attr("constant")
+    graph.call_method("add_", (constant, 1))
+    graph.call_method("mul_", (given, 2))
+    graph.call_function(torch.ops._c10d_functional.wait_tensor.default, (given,))
+    graph.output((given,))
+    return fx.GraphModule(root, graph)
+
+
+@pytest.mark.parametrize(
+    ("argument", "erased", "reason"),
+    [
+        (torch.ones(2, 2), [], "the constant constant is written"),
+        (torch.ones(2, 2), ["add_"], "wait_tensor_default speaks to other processes"),
+        (torch.eye(2).to_sparse(), ["add_", "wait_tensor"], "given is a sparse tensor or of a tensor subclass"),
+        (torch.ones(2, 2), ["add_", "wait_tensor"], None),
+    ],
+    ids=["constant", "collective", "sparse", "ordinary"],
+)
+def test_graphs_that_cannot_be_run_twice(argument: Tensor, erased: list[str], reason: str | None) -> None:
+    gm = graph_that_writes(argument)
+    for node in list(gm.graph.nodes):
+        if any(word in str(node.target) for word in erased):
+            gm.graph.erase_node(node)
+    assert PlainRun(gm, analyze(gm), "cpu").refusal == reason
 
 
 # ---- when it is done, and what it costs
