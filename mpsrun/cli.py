@@ -27,6 +27,7 @@ Options before the script are mpsrun's; everything after it is the script's.
   --capture auto|off           compile the script's networks in place, or only what asks for backend="mpsrun"
   --log-dir DIR                keep the workers' logs there
   --timeout SECONDS            the watchdog of every wait for a worker (default 30)
+  --verify N                   compute the first N steps on lanes plainly, too; stop with status 4 where they differ
   --strict                     raise a worker's error in the script instead of computing its branch there
   --verbose                    say what was found, refused and why
   --version, --help
@@ -90,6 +91,8 @@ def parse(words: Sequence[str]) -> tuple[Config, Target]:
                 raise UsageError(f"expected a value after {name}, found none; see mpsrun --help")
             value = rest.pop(0)
         values[field] = read(name, value)
+    if values.get("verify") and values.get("lanes") == "serial":
+        raise UsageError("expected lanes to compare for --verify, found --lanes serial; leave one of the two out")
     return Config(**values), _target(rest)
 
 
@@ -156,6 +159,12 @@ def _workers(name: str, value: str) -> int | None:
     return int(value)
 
 
+def _count(name: str, value: str) -> int:
+    if not (value.isascii() and value.isdigit()) or int(value) < 1:
+        raise UsageError(f"expected {name} with a whole number from 1, found {value!r}; 3 is enough for most scripts")
+    return int(value)
+
+
 def _seconds(name: str, value: str) -> float:
     try:
         seconds = float(value)
@@ -180,6 +189,7 @@ _OPTIONS: dict[str, Callable[[str, str], Any] | None] = {
     "capture": _choice("auto", "off"),
     "log_dir": _path,
     "timeout": _seconds,
+    "verify": _count,
     "strict": None,
     "verbose": None,
 }

@@ -26,7 +26,8 @@ Capture = Literal["auto", "off"]
 class Config:
     """What the user asked for, and where this run lives.
 
-    workers: worker processes, None for auto. timeout_s: the watchdog of every wait. run_dir: the private
+    workers: worker processes, None for auto. timeout_s: the watchdog of every wait. verify: calls on lanes that are
+    compared with plain PyTorch, by network and plan. run_dir: the private
     directory of this run, None before the launcher made it and where there is no launcher.
     """
 
@@ -38,6 +39,7 @@ class Config:
     verbose: bool = False
     strict: bool = False
     timeout_s: float = 30.0
+    verify: int = 0
     run_dir: Path | None = None
 
     def worker_count(self) -> int:

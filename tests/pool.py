@@ -1,6 +1,7 @@
 """The worker processes that the tests share, and tests' ways to look at them."""
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 
@@ -8,7 +9,7 @@ import pytest
 
 from mpsrun import config
 from mpsrun.config import Config
-from mpsrun.run import session
+from mpsrun.run import report, session, verify
 from mpsrun.run.coordinator import Coordinator
 
 WORKERS = 4
@@ -61,6 +62,15 @@ def pids() -> set[int]:
     """The processes of the open pool."""
     coordinator = current()
     return {link.pid for link in coordinator.links if link.pid is not None} if coordinator else set()
+
+
+def verify_steps(coordinator: Coordinator, steps: int, patch: pytest.MonkeyPatch) -> None:
+    """Have `steps` calls of everything that is compiled from now on verified, with the lines of --verbose."""
+    settings = dataclasses.replace(coordinator.settings, verify=steps, verbose=True)
+    patch.setattr(config, "current", lambda: settings)
+    patch.setattr(verify, "_all", [])
+    patch.setattr(verify, "_said", False)
+    report.graphs.clear()
 
 
 def settle(coordinator: Coordinator) -> None:

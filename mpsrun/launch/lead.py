@@ -1,5 +1,6 @@
 """The start of the lead: the process that runs the user's script."""
 
+import atexit
 import os
 from collections.abc import Sequence
 
@@ -26,6 +27,10 @@ def main(args: Sequence[str]) -> int:
 def _watch_for_networks(ours: Config) -> None:
     if ours.run_dir is not None:
         ours.capture_marker.touch()
+    if ours.verify:
+        from mpsrun.run import verify
+
+        atexit.register(verify.say_rest)
     if ours.capture == "off":
         return
     try:

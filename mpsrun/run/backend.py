@@ -22,6 +22,7 @@ from mpsrun.run.lower import Lowered, lower
 from mpsrun.run.observe import Observer, must_be_plain
 from mpsrun.run.overlaps import Overlaps
 from mpsrun.run.specialize import Cutter, Observation
+from mpsrun.run.verify import Verification
 
 LANES = ("auto", "serial", "workers")
 MOST_SPECIALS = 64  # sets of sizes of one graph that are kept prepared
@@ -70,7 +71,10 @@ class Options:
 
 @dataclass
 class _Special:
-    """What a graph became for one set of sizes and modes: lowered regions and the function that runs them."""
+    """What a graph became for one set of sizes and modes: lowered regions and the function that runs them.
+
+    verified: how many calls were compared with plain PyTorch.
+    """
 
     epoch: int
     regions: list[Lowered]
@@ -78,6 +82,7 @@ class _Special:
     binding: Binding
     reports: list[report.RegionReport]
     ready: bool = False
+    verified: int = 0
 
 
 class Graph:
@@ -94,6 +99,7 @@ class Graph:
         self.summary = report.Graph()
         self._regions: tuple[Region, ...] = ()
         self._coordinator: Coordinator | None = None
+        self._verification: Verification | None = None
         if options.lanes != "serial":
             try:
                 self._look(gm)
@@ -134,6 +140,8 @@ class Graph:
         self._coordinator = session.coordinator(kind)
         if self._coordinator is None:
             self.summary.note(session.why_none())
+        elif config.current().verify:
+            self._verification = Verification.of(gm, self._effects, kind)
 
     def _worth_it(self, machine: Any) -> bool:
         """Whether the plan would use any worker at all, were they all there."""
@@ -185,7 +193,16 @@ class Graph:
         coordinator.read_flags()
         if special.reports:
             self.summary.called(special.reports)
+            if self._verification is not None:
+                return self._verified(self._verification, special, args)
         return special.run(*args)
+
+    def _verified(self, verification: Verification, special: _Special, args: tuple[Any, ...]) -> Any:
+        if special.verified == verification.steps:
+            verification.settle()
+            return special.run(*args)
+        special.verified += 1
+        return verification.call(special.run, args, special.verified)
 
     def _first(self, key: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
         coordinator = self._coordinator

@@ -19,7 +19,8 @@ Path = tuple[str, ...]
 # Dynamo writes a module's path as the Python expression that leads to it: L['self'].features[0], or with getattr.
 _ROOT = re.compile(r"[LG]\['\w+'\]")
 _WORD = re.compile(r"\w+")
-_NOT_IN_PATH = frozenset({"getattr", "_modules"})
+_OF_MODULES = frozenset({"_modules", "_parameters", "_buffers"})
+_NOT_IN_PATH = _OF_MODULES | {"getattr"}
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,16 @@ def fold(alike: Sequence[RegionName]) -> tuple[str, str]:
     if len(alike) == 1:
         return (first.kind, first.path) if first.kind else (first.path, "")
     return f"{len(alike)} x {first.kind or 'region'}", f"{first.path} to {last.path}"
+
+
+def argument(node: fx.Node) -> str:
+    """The name of a graph's input in the network: "paths.0.weight", or the user's own "batch.images"."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return node.name
+    expression = source.name() if callable(source.name) else source.name
+    words = _WORD.findall(expression)[1:]  # without L or G, for local and global
+    return ".".join(words if _OF_MODULES.isdisjoint(words) else _words(expression))
 
 
 def _path(branch: Branch) -> Path:

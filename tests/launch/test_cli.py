@@ -14,9 +14,12 @@ from tests.launch.conftest import Runner
 
 
 def test_options_before_the_script_are_ours() -> None:
-    words = "--workers 2 --lanes=workers --log-dir /l --timeout 1.5 --strict --verbose t.py --workers x -m --"
+    words = (
+        "--workers 2 --lanes=workers --log-dir /l --timeout 1.5 --strict --verbose --verify 3 t.py --workers x -m --"
+    )
     config, target = parse(words.split())
-    assert config == Config(workers=2, lanes="workers", log_dir=Path("/l"), timeout_s=1.5, strict=True, verbose=True)
+    wanted = Config(workers=2, lanes="workers", log_dir=Path("/l"), timeout_s=1.5, strict=True, verbose=True, verify=3)
+    assert config == wanted
     assert target == Target("script", "t.py", ("--workers", "x", "-m", "--"))
 
 
@@ -54,6 +57,11 @@ WRONG = [
     (["--timeout", "nan", "t.py"], "above 0"),
     (["--strict=yes", "t.py"], "--strict alone"),
     (["--log-dir", "", "t.py"], "an empty name"),
+    (["--verify", "0", "t.py"], "a whole number from 1, found '0'"),
+    (["--verify", "-1", "t.py"], "found '-1'"),
+    (["--verify=1.5", "t.py"], "found '1.5'"),
+    (["--verify", "t.py"], "found 't.py'"),
+    (["--verify", "2", "--lanes", "serial", "t.py"], "found --lanes serial"),
 ]
 
 
