@@ -8,11 +8,18 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch._C._dynamo import eval_frame
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from mpsrun import log
 from mpsrun.run import backend, report
@@ -38,8 +45,11 @@ class Discovery:
         discovery = self
 
         def first_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if callable(get_eval_frame_callback()):  # a `torch.compile` of the script's is at work
+                return module._call_impl(*args, **kwargs)
             return discovery.call(module, args, kwargs)
 
+        _hide(first_call)
         nn.Module._compiled_call_impl = first_call  # type: ignore[assignment]
         self._step_hook = register_optimizer_step_post_hook(self._stepped)
 
@@ -68,6 +78,12 @@ class Discovery:
             self.remove()
 
 
+def _hide(function: Callable[..., Any]) -> None:
+    """A `torch.compile` of the script's sees what this function calls, but not the function itself."""
+    skip, default = eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT
+    eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, default))
+
+
 def compile_in_place(module: nn.Module) -> None:
     """Compile a module's call with this backend. Names in its `state_dict` do not change.
 
@@ -80,19 +96,40 @@ def compile_in_place(module: nn.Module) -> None:
     known = len(report.graphs)
     module.compile(backend=backend.mpsrun)
     compiled = module._compiled_call_impl
+    decided = False
 
-    def decide(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal decided
+        if callable(get_eval_frame_callback()) or _looked_through():
+            return module._call_impl(*args, **kwargs)
         result = compiled(*args, **kwargs)  # type: ignore[misc]
-        if torch.is_grad_enabled():
-            found = report.graphs[known:]
-            module._compiled_call_impl = compiled if any(not graph.plain for graph in found) else None
+        if not decided and torch.is_grad_enabled():
+            decided = True
+            if all(graph.plain for graph in report.graphs[known:]):
+                module._compiled_call_impl = None
         return result
 
-    module._compiled_call_impl = decide
+    _hide(call)
+    module._compiled_call_impl = call
+
+
+def _looked_through() -> bool:
+    """Whether somebody follows the ops of this call one by one, and so must meet the plain call.
+
+    That is a tracer, an exporter, a transform of torch.func, or a mode of the script's. (Dynamo would also take the
+    result of a function mode's handler for one op as that for another.)
+    """
+    return (
+        torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or is_fx_symbolic_tracing()
+        or is_in_torch_dispatch_mode()
+        or any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+    )
 
 
 def _is_network(module: nn.Module) -> bool:
-    if isinstance(module, torch.jit.ScriptModule) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if isinstance(module, torch.jit.ScriptModule) or torch.compiler.is_compiling() or _looked_through():
         return False
     if "torch._dynamo" in sys.modules and isinstance(module, torch._dynamo.eval_frame.OptimizedModule):
         return False
