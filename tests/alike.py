@@ -41,7 +41,8 @@ def same(
     torch.manual_seed(1)
     found = script(fast)
     assert_same(found, wanted, "at the end", TOLERANCE)
-    assert executed() - before >= calls
+    ran = executed() - before
+    assert ran >= calls, f"expected at least {calls} forwards in workers, found {ran}"
     return report.graphs
 
 

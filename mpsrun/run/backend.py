@@ -16,6 +16,7 @@ from mpsrun.graph.regions import Region, find_regions
 from mpsrun.plan.cost import MACHINES
 from mpsrun.plan.plan import Declined, plan_region
 from mpsrun.run import philox, report, session
+from mpsrun.run import state as modes
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.lower import Lowered, lower
 from mpsrun.run.overlaps import Overlaps
@@ -116,6 +117,8 @@ class Graph:
             region.index: [branch for branch in range(len(region.branches)) if (region.index, branch) in inner]
             for region in found.regions
         }
+        for branch in (branch for region in found.regions for branch in region.branches if branch.pinned):
+            self.summary.note(f"a branch stays in the lead: {branch.pinned}")
         self._overlaps = Overlaps(gm, self._effects)
         if not found.regions:
             self.summary.note("no branches that do not depend on each other")
@@ -273,8 +276,9 @@ class _Observer(fx.Interpreter):
 def _must_be_plain(kind: str) -> bool:
     """Whether somebody counts on the graph's own ops.
 
-    Checkpointing counts on the same saved tensors in every run; a CUDA graph would replay one step's hand-offs.
+    Checkpointing counts on the same saved tensors in every run, transforms on ops that they can follow; a CUDA graph
+    would replay one step's hand-offs.
     """
-    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None or modes.transformed():
         return True
     return kind == "cuda" and torch.cuda.is_current_stream_capturing()

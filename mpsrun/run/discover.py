@@ -16,6 +16,7 @@ from torch import nn
 from torch._C._dynamo import eval_frame
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+from torch.nn.modules.module import _has_any_global_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
@@ -23,6 +24,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from mpsrun import log
 from mpsrun.run import backend, report
+from mpsrun.run.state import transformed
 
 DONE_STEPS = 2  # optimizer steps after which every network of a training step has been called
 RECOMPILE_LIMIT = 256  # train/eval, grad, frozen, autocast and batch sizes multiply
@@ -116,12 +118,13 @@ def compile_in_place(module: nn.Module) -> None:
 def _looked_through() -> bool:
     """Whether somebody follows the ops of this call one by one, and so must meet the plain call.
 
-    That is a tracer, an exporter, a transform of torch.func, or a mode of the script's. (Dynamo would also take the
-    result of a function mode's handler for one op as that for another.)
+    That is a tracer, an exporter, a transform of torch.func, a mode of the script's, or its hook on all modules.
+    Dynamo would not notice that such a hook has come, and take a mode's answer to one op for that to another.
     """
     return (
-        torch.jit.is_tracing()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        _has_any_global_hook()
+        or torch.jit.is_tracing()
+        or transformed()
         or is_fx_symbolic_tracing()
         or is_in_torch_dispatch_mode()
         or any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())

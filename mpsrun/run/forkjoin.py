@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from mpsrun import log
 from mpsrun.errors import NotShippable
@@ -159,7 +160,9 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
         invocation: Invocation = ctx.invocation
-        if torch.is_grad_enabled():  # create_graph: the region is recomputed in plain PyTorch when Fork's turn comes
+        if torch.is_grad_enabled() or modes.transformed(
+            *gradients
+        ):  # recomputed in plain PyTorch when Fork's turn comes
             invocation.gradients = gradients
         else:
             invocation.gradients = None
@@ -225,7 +228,7 @@ def _sum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _recompute(invocation: Invocation) -> list[torch.Tensor | None]:
-    """Gradients that can be differentiated again: the shares are computed by the lead, as plain PyTorch would."""
+    """Gradients that can be differentiated again, or many at once under vmap: the lead computes as plain PyTorch."""
     crossing, args = invocation.crossing, invocation.args
     gradients, invocation.gradients = invocation.gradients, None
     if gradients is None or args is None:
@@ -251,14 +254,15 @@ def _plain_gradients(
     values = [args[arg] for arg in share.args]
     for index in share.program.writes:
         values[index] = values[index].clone()
-    with philox.replayed(message.rng) as seek, applied(message.state):
+    # Forward happened outside of whatever transform backward is under.
+    with temporarily_clear_interpreter_stack(), philox.replayed(message.rng) as seek, applied(message.state):
         outputs = build(share.program, seek=seek)(*values)
     reached = share.gradients.reached(present)
     results = torch.autograd.grad(
         [outputs[i] for i in present],
         [values[i] for i in reached],
         [gradients[share.outputs[i]] for i in present],
-        create_graph=True,
+        create_graph=torch.is_grad_enabled(),
         allow_unused=True,
     )
     return [(share.args[i], g) for i, g in zip(reached, results, strict=True) if g is not None]

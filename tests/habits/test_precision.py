@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from alike import Seen, gradients, same, sum_of, x
+from alike import Seen, gradients, same, state, sum_of, x
 from networks import Three
 from torch import Tensor, nn
 from transparency import on_lanes
@@ -63,3 +63,49 @@ def test_newer_precision_settings(workers: Coordinator) -> None:
             fast(torch.randn(5, 6)).sum().backward()
     finally:
         settings.fp32_precision = before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_training_in_mixed_precision(dtype: torch.dtype, nothing_kept: None) -> None:
+    """Autocast, a scaler, clipping of unscaled gradients; the first scale overflows, and its step is left out."""
+
+    def script(model: nn.Module) -> Seen:
+        model = model.float()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+        kind = x().device.type
+        scaler = torch.amp.GradScaler(kind, init_scale=2.0**16, growth_interval=3, enabled=dtype is torch.float16)
+        seen: Seen = {}
+        for i in range(8):
+            optimizer.zero_grad()
+            with torch.autocast(kind, dtype):
+                loss = model(x(i).float()).float().square().mean()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            seen |= {f"loss {i}": loss.detach(), f"finite {i}": bool(norm.isfinite()), f"scale {i}": scaler.get_scale()}
+        finite = [seen[f"finite {i}"] for i in range(8)]
+        assert all(finite) or (dtype is torch.float16 and not finite[0] and any(finite))
+        return {**seen, **state(model)}
+
+    same(script, calls=14)
+
+
+def test_other_precision_in_the_middle(nothing_kept: None) -> None:
+    """Parameters are replaced by those of another precision, and back."""
+
+    def script(model: nn.Module) -> Seen:
+        seen: Seen = {}
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float64):
+            model.to(dtype)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+            for i in range(3):
+                optimizer.zero_grad()
+                output = model(x(i).to(dtype))
+                sum_of(output).backward()
+                optimizer.step()
+                seen[f"{dtype} {i}"] = output.detach()
+        return {**seen, **state(model)}
+
+    same(script, calls=16)
