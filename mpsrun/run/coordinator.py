@@ -16,7 +16,7 @@ from mpsrun.config import Config, available_cores
 from mpsrun.device import ChunkHandle, Device
 from mpsrun.device.arena import Arena, Room
 from mpsrun.errors import WorkerError
-from mpsrun.run.crossing import Crossing, Share
+from mpsrun.run.crossing import Crossing, Handed, Share
 from mpsrun.run.link import Link
 from mpsrun.run.standin import StandIn
 from mpsrun.run.watcher import Watcher
@@ -101,7 +101,7 @@ class Coordinator:
         """Layouts and jobs, by link, that will not be used again. Safe in a finalizer: it only appends."""
         self._forgotten.extend(parts)
 
-    def submit(self, work: Sequence[tuple[Share, m.Forward | m.Backward, m.Forward]]) -> None:
+    def submit(self, work: Sequence[tuple[Share, m.Forward | m.Backward, Handed]]) -> None:
         """Hand out work: share, message, and the forward that it belongs to.
 
         First it is remembered, so that whatever goes wrong from here on, somebody will do it; then the workers are

@@ -22,7 +22,7 @@ from mpsrun.graph.program import build
 from mpsrun.graph.state import applied
 from mpsrun.run import philox
 from mpsrun.run import state as modes
-from mpsrun.run.crossing import BackwardWork, Crossing, Invocation, Share
+from mpsrun.run.crossing import BackwardWork, Crossing, Handed, Invocation, Share
 from mpsrun.run.executor import copy_all
 from mpsrun.wire import messages as m
 
@@ -38,21 +38,30 @@ class _Here:
 def fork(crossing: Crossing, args: tuple[Any, ...]) -> tuple[Invocation | _Here, torch.Tensor | None]:
     """Send a region's arguments to the workers, which start; the token ties Join to this Fork in autograd."""
     invocation = Invocation(crossing, args)
+    with crossing.owner.lock:  # networks of one kind share a crossing: another thread may bind other parameters
+        if _open(invocation, args):
+            return invocation, _start(invocation, args)
+    return _compute_here(crossing, args), None
+
+
+def _open(invocation: Invocation, args: tuple[Any, ...]) -> bool:
+    """Bind the parameters and take a slot; False for memory that no worker can see, or none for the arena."""
+    crossing = invocation.crossing
     try:
-        with crossing.owner.lock:
-            crossing.owner.bind(crossing, args)
-            invocation.room = crossing.owner.take(crossing.forward_bytes)
-    except (
-        NotShippable,
-        torch.OutOfMemoryError,
-    ) as error:  # memory that no worker can see, or none for the arena
+        crossing.owner.bind(crossing, args)
+        invocation.room = crossing.owner.take(crossing.forward_bytes)
+    except (NotShippable, torch.OutOfMemoryError) as error:
         log.detail(f"a region runs in the lead: {error}")
-        return _compute_here(crossing, args), None
-    if not crossing.grad:
-        with torch.no_grad():
-            _publish(invocation, args)
-        return invocation, None
-    return invocation, _Fork.apply(invocation, *(args[i] for i in crossing.wanted))
+        return False
+    return True
+
+
+def _start(invocation: Invocation, args: tuple[Any, ...]) -> torch.Tensor | None:
+    if invocation.crossing.grad:
+        return _Fork.apply(invocation, *(args[i] for i in invocation.crossing.wanted))
+    with torch.no_grad():
+        _publish(invocation, args)
+    return None
 
 
 def join(handle: tuple[Invocation | _Here, torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
@@ -93,8 +102,8 @@ def _publish(invocation: Invocation, args: Sequence[Any]) -> None:
         for share, rng in zip(crossing.shares, rngs, strict=True):
             seq, changed = share.link.next_sequence(), share.link.changed_flags(flags)
             message = m.Forward(seq, invocation.id, share.layout.layout, slot, invocation.state, changed, rng)
-            invocation.forwards[share.job] = message
-            work.append((share, message, message))
+            handed = invocation.forwards[share.job] = Handed(message, share.statics)
+            work.append((share, message, handed))
         invocation.sequence = tuple(message.seq for _, message, _ in work)
         owner.submit(work)
 
@@ -235,7 +244,7 @@ def _recompute(invocation: Invocation) -> list[torch.Tensor | None]:
         raise RuntimeError("mpsrun: a Fork without the gradients of its Join")
     found: dict[int, torch.Tensor] = {}
     for share in crossing.shares:
-        message = invocation.forwards[share.job]
+        message = invocation.forwards[share.job].message
         pairs = _plain_gradients(share, args, gradients, message)
         for arg, gradient in pairs:
             found[arg] = gradient if arg not in found else found[arg] + gradient

@@ -14,7 +14,7 @@ from mpsrun.wire import messages as m
 from mpsrun.wire.channel import LeadChannel
 
 if TYPE_CHECKING:
-    from mpsrun.run.crossing import Share
+    from mpsrun.run.crossing import Handed, Share
 
 SEQUENCE_MASK = 0xFFFFFFFF
 
@@ -24,7 +24,7 @@ class Task(NamedTuple):
 
     seq: int
     message: m.Forward | m.Backward
-    forward: m.Forward
+    forward: Handed
     share: Share
     since: float
 
@@ -89,7 +89,7 @@ class Link:
         if self.lost is None:
             self._channel.send(self.index, message)
 
-    def remember(self, message: m.Forward | m.Backward, forward: m.Forward, share: Share) -> None:
+    def remember(self, message: m.Forward | m.Backward, forward: Handed, share: Share) -> None:
         """Note what is owed from now on, whether it can be sent or not."""
         self.tasks.append(Task(message.seq, message, forward, share, time.monotonic()))
 

@@ -75,7 +75,7 @@ class StandIn:
             self._executor.forward(task.message)
             return
         if not self._executor.has(task.message.invocation):  # the activations died with the worker
-            self._executor.forward(task.forward, write=False)
+            self._executor.forward(task.forward.message, write=False)
         self._executor.backward(task.message)
 
     def _know(self, task: Task) -> None:
@@ -85,7 +85,7 @@ class StandIn:
         self._executor.layouts[share.layout.layout] = share.layout
         wants = {place.index for place in share.layout.grad_inputs}
         bound = {}
-        for i, reference in share.statics.items():
+        for i, reference in task.forward.statics.items():
             tensor = reference()
             if tensor is None:
                 raise MpsrunError("expected the parameters of a step that is under way, found them gone")

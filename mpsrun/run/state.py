@@ -37,7 +37,7 @@ def ambient(device: str) -> State:
 
 
 def transformed(*tensors: torch.Tensor | None) -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is at work, or one of `tensors` is of vmap's."""
+    """Whether a transform of torch.func or forward-mode differentiation is at work, or made one of these tensors."""
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return True
     # `is_grads_batched` has a vmap of its own, which leaves no other trace.

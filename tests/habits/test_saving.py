@@ -76,13 +76,18 @@ def test_files_are_no_larger() -> None:
     assert len(saved(one.state_dict()).getvalue()) == len(saved(other.state_dict()).getvalue())
 
 
-@pytest.mark.parametrize(
-    "copied",
-    [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: torch.load(saved(m), weights_only=False)],
-    ids=["deep copy", "copy", "pickle", "save"],
-)  # fmt: skip
-def test_copies(copied: Callable[[nn.Module], nn.Module]) -> None:
+COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "deep copy": copy.deepcopy,
+    "copy": copy.copy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "save": lambda model: torch.load(saved(model), weights_only=False),
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_copies(how: str) -> None:
     """A copy is trained as the copy of a plain model is, and so is the original then."""
+    copied = COPIES[how]
 
     def script(model: nn.Module) -> Seen:
         losses = train(model, 2)
