@@ -1,5 +1,6 @@
 """Options, which tests run where, and the workers that all tests share."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -80,3 +81,18 @@ def workers() -> "Iterator[object]":
     yield coordinator
     assert pool.lost(coordinator) == {}
     pool.settle(coordinator)
+
+
+@pytest.fixture
+def nothing_kept() -> Iterator[None]:
+    """Every slot of the arena is free again at the end."""
+    import pool
+    import torch
+
+    yield
+    torch._dynamo.reset()
+    gc.collect()
+    coordinator = pool.current()
+    assert coordinator is not None
+    with coordinator.lock:
+        assert coordinator._arena.in_use - len(coordinator._retired) == 0

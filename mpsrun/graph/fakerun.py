@@ -107,7 +107,7 @@ class FakeRun:
             state=self._tracker.now,
             random=watch.random,
             sync=watch.sync,
-            opaque=_opaque(node, value, [*taken, *produced]) or failed,
+            opaque=_opaque(node, value, [*taken, *produced]) or ("has a sparse gradient" if watch.sparse else failed),
             unknown=failed is not None or _is_higher_order(node),
             barrier=not taken and not produced and ops.name_of(node.op, node.target, node.args) is None,
             flops=watch.flops,

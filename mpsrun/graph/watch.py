@@ -16,6 +16,7 @@ NO_KERNEL = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new
 # Statistics that these ops write in place are declared in no schema; the flag says whether they do.
 STATISTICS = ("running_mean", "running_var")
 TRAINING = ("training", "train", "use_input_stats")
+SPARSE = ("sparse", "sparse_grad")
 ALWAYS_WRITE_STATISTICS = ("batch_norm_gather_stats", "batch_norm_update_stats")
 
 
@@ -52,6 +53,7 @@ class Watch(TorchDispatchMode):
         self.writes: set[int] = set()
         self.reads: set[int] = set()
         self.random = False
+        self.sparse = False  # the gradient of an argument is sparse
         self.sync = False
         self.flops = 0
         self.bytes_moved = 0
@@ -64,6 +66,7 @@ class Watch(TorchDispatchMode):
         self.writes.update(self._storages(_written(func, named)))
         self.random |= _is_random(func, named)
         self.sync |= _is_sync(func)
+        self.sparse |= any(named.get(flag) is True for flag in SPARSE)
         result = func(*args, **kwargs)
         self._count(func, args, kwargs, result)
         return result

@@ -21,10 +21,12 @@ from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.lower import Lowered, lower
 from mpsrun.run.observe import Observer, must_be_plain
 from mpsrun.run.overlaps import Overlaps
-from mpsrun.run.specialize import Cutter, Observation
+from mpsrun.run.sizes import sizes_of
+from mpsrun.run.specialize import Cutter, Observation, needed_nodes
 from mpsrun.run.verify import Verification
 
 LANES = ("auto", "serial", "workers")
+MOST_MISSES = 16  # calls in a row with sizes of their own, after which nothing more is prepared
 MOST_SPECIALS = 64  # sets of sizes of one graph that are kept prepared
 
 
@@ -88,13 +90,17 @@ class _Special:
 class Graph:
     """One graph of Dynamo's, and what became of it.
 
-    The first call for a set of sizes runs plain and takes notes; from them the workers are prepared.
+    The first call for a set of sizes runs plain and takes notes; from them the workers are prepared. `entered` counts
+    the calls of all graphs that may use lanes.
     """
+
+    entered = 0
 
     def __init__(self, gm: fx.GraphModule, options: Options) -> None:
         self._gm = gm
         self._forced = options.lanes == "workers"
         self._most = options.workers
+        self._misses = 0
         self._specials: dict[tuple[Any, ...], _Special] = {}
         self.summary = report.Graph()
         self._regions: tuple[Region, ...] = ()
@@ -125,8 +131,11 @@ class Graph:
             region.index: [branch for branch in range(len(region.branches)) if (region.index, branch) in inner]
             for region in found.regions
         }
+        for branch in (branch for region in found.regions for branch in region.branches if branch.pinned):
+            self.summary.note(f"a branch stays in the lead: {branch.pinned}")
         self._overlaps = Overlaps(gm, self._effects)
         self._position = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+        self._sizes = sizes_of(gm, self._effects, needed_nodes(found.regions))
         if not found.regions:
             self.summary.note("no branches that do not depend on each other")
             return
@@ -165,6 +174,7 @@ class Graph:
         return devices.pop() if len(devices) == 1 else "mixed: " + ", ".join(sorted(devices))
 
     def __call__(self, *args: Any) -> Any:
+        Graph.entered += 1
         coordinator = self._coordinator
         if (
             coordinator is None
@@ -176,21 +186,23 @@ class Graph:
         key = (
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
-            *(a for a in args if type(a) is int),
+            *(args[i] for i in self._sizes),
         )
         special = self._specials.get(key)
         if special is None or special.epoch != coordinator.epoch:
-            return self._first(key, args)
+            self._misses += 1
+            return self._first(key, args) if self._misses <= MOST_MISSES else self._gm.forward(*args)
+        self._misses = 0
         if not special.ready:
             special.ready = all(coordinator.is_ready(c) for r in special.regions for c in r.crossings)
             if not special.ready:
                 return self._gm.forward(*args)
+        coordinator.enter()
         try:
             special.binding.follow(args)
         except NotShippable as error:  # memory that no worker can see
             log.detail(f"a network runs in the lead: {error}")
             return self._gm.forward(*args)
-        coordinator.read_flags()
         if special.reports:
             self.summary.called(special.reports)
             if self._verification is not None:

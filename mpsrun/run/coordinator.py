@@ -17,7 +17,7 @@ from mpsrun.device import ChunkHandle, Device
 from mpsrun.device.arena import Arena, Room
 from mpsrun.errors import WorkerError
 from mpsrun.run import state as modes
-from mpsrun.run.crossing import Crossing, Share
+from mpsrun.run.crossing import Crossing, Handed, Share
 from mpsrun.run.link import SEQUENCE_MASK, SUBMITTED, Link, Work
 from mpsrun.run.standin import StandIn
 from mpsrun.run.watcher import Watcher
@@ -67,6 +67,8 @@ class Coordinator:
         self._abandoned: deque[tuple[tuple[Link, ...], int]] = deque()
         self._forgotten: deque[tuple[Link, int, int]] = deque()
         self._last_stream: int | None = None
+        self._thread: int | None = None
+        self.crowded = False  # several threads call networks: between two ops of one, another may bind
         self.closed = False
         for link in self.links:
             self._start(link)
@@ -77,6 +79,14 @@ class Coordinator:
     def next_invocation(self) -> int:
         return next(self._ids)
 
+    def enter(self) -> None:
+        """A call of a graph begins: note its thread, and the global settings, which cannot change during it."""
+        thread = threading.get_ident()
+        if thread != self._thread:
+            self.crowded = self._thread is not None
+            self._thread = self._thread or thread
+        self.flags = modes.flags()
+
     def next_sequence(self) -> int:
         """The number of the next submission; work of several workers shares one."""
         self._sequence = (self._sequence + 1) & SEQUENCE_MASK
@@ -84,16 +94,12 @@ class Coordinator:
             self._level()
         return self._sequence
 
-    def read_flags(self) -> None:
-        """Note the global settings of the script: once a call of a graph, in which they cannot change."""
-        self.flags = modes.flags()
-
     def read_flags_in_backward(self) -> None:
         """Note the global settings once for each backward pass of autograd's."""
         task = torch._C._current_graph_task_id()
         if task != self._graph_task:
             self._graph_task = task
-            self.read_flags()
+            self.flags = modes.flags()
 
     def check(self) -> None:
         """Raise what the watching thread could not raise itself: a worker's error under --strict, a failed stand-in."""
@@ -125,7 +131,7 @@ class Coordinator:
         self._forgotten.extend(parts)
 
     def submit(
-        self, crossing: Crossing, links: Sequence[Link], message: m.Forward | m.Backward, forward: m.Forward
+        self, crossing: Crossing, links: Sequence[Link], message: m.Forward | m.Backward, forward: Handed
     ) -> None:
         """Hand out work to these workers, and the forward that it belongs to.
 

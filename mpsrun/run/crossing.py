@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -44,6 +44,16 @@ class Share:
         kinds = ("parameter", "buffer")
         self.static_inputs = [i for i, x in enumerate(self.program.inputs) if x.kind in kinds]
         self.static_args = [self.args[i] for i in self.static_inputs]
+
+
+class Handed(NamedTuple):
+    """A forward as it was handed out, and by position the parameters and buffers that it saw.
+
+    Networks of one kind share a crossing: the next forward may see another's.
+    """
+
+    message: m.Forward
+    statics: tuple[dict[int, weakref.ref[torch.Tensor]], ...]
 
 
 @dataclass(frozen=True)
@@ -170,7 +180,7 @@ class Invocation:
         self.stream = crossing.owner.device.stream_key()
         self.state = modes.ambient(crossing.device.type)  # here, since inside of a Function grad mode is always off
         self.room: Room | None = None
-        self.forward: m.Forward | None = None
+        self.forward: Handed | None = None
         self.gradients: tuple[torch.Tensor | None, ...] | None = None
         self.backward: BackwardWork | None = None
         self.sequence = 0

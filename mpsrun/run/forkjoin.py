@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from mpsrun import log
+from mpsrun.errors import NotShippable
 from mpsrun.graph.program import build
 from mpsrun.graph.state import applied
 from mpsrun.run import philox
-from mpsrun.run.crossing import BackwardWork, Crossing, Invocation, Share
+from mpsrun.run import state as modes
+from mpsrun.run.crossing import BackwardWork, Crossing, Handed, Invocation, Share
 from mpsrun.run.executor import copy_all
 from mpsrun.wire import messages as m
 
@@ -40,17 +43,35 @@ class _Here:
 def fork(crossing: Crossing, args: tuple[Any, ...]) -> tuple[Invocation | _Here, torch.Tensor | None]:
     """Send a region's arguments to the workers, which start; the token ties Join to this Fork in autograd."""
     invocation = Invocation(crossing, args)
+    with crossing.owner.lock:
+        if _open(invocation, args):
+            return invocation, _start(invocation, args)
+    return _compute_here(crossing, args), None
+
+
+def _open(invocation: Invocation, args: tuple[Any, ...]) -> bool:
+    """Take a slot; False for memory that no worker can see, or none for the arena.
+
+    What the call is bound to was looked at when it began. Networks of one kind share a crossing, so that another thread
+    may have bound it to other parameters since then.
+    """
+    crossing, owner = invocation.crossing, invocation.crossing.owner
     try:
-        with crossing.owner.lock:
-            invocation.room = crossing.owner.take(crossing.forward_bytes)
-    except torch.OutOfMemoryError as error:  # no memory for the arena
+        if owner.crowded:
+            owner.bind(crossing, args)
+        invocation.room = owner.take(crossing.forward_bytes)
+    except (NotShippable, torch.OutOfMemoryError) as error:
         log.detail(f"a region runs in the lead: {error}")
-        return _compute_here(crossing, args), None
-    if not crossing.grad:
-        with torch.no_grad():
-            _publish(invocation, args)
-        return invocation, None
-    return invocation, _Fork.apply(invocation, *(args[i] for i in crossing.wanted))
+        return False
+    return True
+
+
+def _start(invocation: Invocation, args: tuple[Any, ...]) -> torch.Tensor | None:
+    if invocation.crossing.grad:
+        return _Fork.apply(invocation, *(args[i] for i in invocation.crossing.wanted))
+    with torch.no_grad():
+        _publish(invocation, args)
+    return None
 
 
 def join(handle: tuple[Invocation | _Here, torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
@@ -90,8 +111,8 @@ def _publish(invocation: Invocation, args: Sequence[Any]) -> None:
         invocation.sequence = seq = owner.next_sequence()
         flags = owner.changed_flags(crossing.links)
         message = m.Forward(seq, invocation.id, crossing.layout, slot, invocation.state, flags, rngs)
-        invocation.forward = message
-        owner.submit(crossing, crossing.links, message, message)
+        invocation.forward = Handed(message, tuple(share.statics for share in crossing.shares))
+        owner.submit(crossing, crossing.links, message, invocation.forward)
 
 
 def _take(invocation: Invocation) -> tuple[torch.Tensor, ...]:
@@ -179,7 +200,7 @@ class _Join(_Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
         invocation: Invocation = ctx.invocation
-        if torch.is_grad_enabled():  # create_graph: the region is recomputed in plain PyTorch when Fork's turn comes
+        if torch.is_grad_enabled() or modes.transformed(*gradients):  # computed plainly when Fork's turn comes
             invocation.gradients = gradients
         else:
             invocation.gradients = None
@@ -239,14 +260,14 @@ def _sum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _recompute(invocation: Invocation) -> list[torch.Tensor | None]:
-    """Gradients that can be differentiated again: the shares are computed by the lead, as plain PyTorch would."""
+    """Gradients that can be differentiated again, or many at once under vmap: the lead computes as plain PyTorch."""
     crossing, args = invocation.crossing, invocation.args
     gradients, invocation.gradients, forward = invocation.gradients, None, invocation.forward
     if gradients is None or args is None or forward is None:
         raise RuntimeError("mpsrun: a Fork without the gradients of its Join")
     found: dict[int, torch.Tensor] = {}
     for share in crossing.shares:
-        pairs = _plain_gradients(share, args, gradients, forward)
+        pairs = _plain_gradients(share, args, gradients, forward.message)
         for arg, gradient in pairs:
             found[arg] = gradient if arg not in found else found[arg] + gradient
     return [found.get(arg) for arg in crossing.wanted]
@@ -265,14 +286,15 @@ def _plain_gradients(
     for index in share.program.writes:
         values[index] = values[index].clone()
     rng = message.rngs[share.layout.position] if message.rngs else None
-    with philox.replayed(rng) as seek, applied(message.state):
+    # Forward happened outside of whatever transform backward is under.
+    with temporarily_clear_interpreter_stack(), philox.replayed(rng) as seek, applied(message.state):
         outputs = build(share.program, seek=seek)(*values)
     reached = share.gradients.reached(present)
     results = torch.autograd.grad(
         [outputs[i] for i in present],
         [values[i] for i in reached],
         [gradients[share.outputs[i]] for i in present],
-        create_graph=True,
+        create_graph=torch.is_grad_enabled(),
         allow_unused=True,
     )
     return [(share.args[i], g) for i, g in zip(reached, results, strict=True) if g is not None]

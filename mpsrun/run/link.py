@@ -14,7 +14,7 @@ from mpsrun.wire import messages as m
 from mpsrun.wire.channel import LeadChannel
 
 if TYPE_CHECKING:
-    from mpsrun.run.crossing import Crossing
+    from mpsrun.run.crossing import Crossing, Handed
 
 SEQUENCE_MASK = 0xFFFFFFFF
 SUBMITTED = 0  # the counter with the last sequence number that the lead's streams have released to the workers
@@ -24,7 +24,7 @@ class Work(NamedTuple):
     """Work that was handed out to the workers of a crossing: enough for somebody else to do it."""
 
     message: m.Forward | m.Backward
-    forward: m.Forward
+    forward: Handed
     crossing: Crossing
     since_s: float
 

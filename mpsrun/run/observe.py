@@ -11,6 +11,7 @@ from torch import fx
 from mpsrun.graph.effects import Effects
 from mpsrun.graph.regions import Region
 from mpsrun.run import philox
+from mpsrun.run import state as modes
 from mpsrun.run.specialize import Observation, meta_of, needed_nodes
 
 
@@ -47,8 +48,9 @@ class Observer(fx.Interpreter):
 def must_be_plain(kind: str) -> bool:
     """Whether somebody counts on the graph's own ops.
 
-    Checkpointing counts on the same saved tensors in every run; a CUDA graph would replay one step's hand-offs.
+    Checkpointing counts on the same saved tensors in every run, transforms on ops that they can follow; a CUDA graph
+    would replay one step's hand-offs.
     """
-    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None or modes.transformed():
         return True
     return kind == "cuda" and torch.cuda.is_current_stream_capturing()

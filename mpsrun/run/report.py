@@ -49,7 +49,7 @@ class Graph:
     calls: int = 0
 
     def note(self, reason: str) -> None:
-        """Why nothing of this graph uses a lane."""
+        """Why this graph, or a branch of it, uses no lane."""
         self._refuse(reason)
 
     def refuse(self, reason: str, where: str | None) -> None:

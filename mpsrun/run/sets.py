@@ -76,12 +76,12 @@ class Sets:
 
     def _run(self, coordinator: Coordinator, questions: Questions) -> list[Any]:
         """Workers start first, then the lead computes its own branches, then it takes what the workers have."""
+        coordinator.enter()
         draws = [question.part.draws(coordinator, question.args) for question in questions]
         known = [draw for draw in draws if draw is not None]
         in_turn = len(known) < len(draws)  # where the random numbers of each start is known after this call
         jobs = [None] * len(questions) if in_turn else self._jobs(coordinator, questions)
         places = [] if in_turn else _places(known)
-        coordinator.read_flags()
         sent: dict[int, Sent] = {}
         outputs: list[Any] = [None] * len(questions)
         for i, job in enumerate(jobs):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
 import torch
@@ -71,22 +72,22 @@ class StandIn:
         return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def _do(self, work: Work, share: Share) -> None:
-        self._know(share)
+        self._know(share, work.forward.statics[share.layout.position])
         if isinstance(work.message, m.Forward):
             self._executor.forward(work.message)
             return
         if not self._executor.has(work.message):  # the activations died with the worker
-            self._executor.forward(work.forward, write=False)
+            self._executor.forward(work.forward.message, write=False)
         self._executor.backward(work.message)
 
-    def _know(self, share: Share) -> None:
+    def _know(self, share: Share, statics: Mapping[int, weakref.ref[torch.Tensor]]) -> None:
         """Make the executor this worker's: layouts of one crossing have the same number for all its workers."""
         if share.job not in self._executor.jobs:
             self._executor.load(share.job, share.program)
         self._executor.layouts[share.layout.layout] = share.layout
         wants = {place.index for place in share.layout.grad_inputs}
         bound = {}
-        for i, reference in share.statics.items():
+        for i, reference in statics.items():
             tensor = reference()
             if tensor is None:
                 raise MpsrunError("expected the parameters of a step that is under way, found them gone")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from mpsrun.graph.state import Autocast, State
 from mpsrun.wire.messages import Flags
@@ -34,6 +35,14 @@ def ambient(device: str) -> State:
         autocast=autocast,
         cache=torch.is_autocast_cache_enabled(),
     )
+
+
+def transformed(*tensors: torch.Tensor | None) -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is at work, or made one of these tensors."""
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return True
+    # `is_grads_batched` has a vmap of its own, which leaves no other trace.
+    return any(tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors)
 
 
 def flags() -> Flags:
