@@ -17,7 +17,7 @@ SOCKET_PATH_LIMIT_BYTES = 100
 AUTO_WORKERS = 3
 MAX_WORKERS = 64
 
-Lanes = Literal["auto", "serial", "workers"]
+Lanes = Literal["auto", "serial", "streams", "workers"]
 Switch = Literal["auto", "on", "off"]
 Capture = Literal["auto", "off"]
 
@@ -40,11 +40,13 @@ class Config:
     strict: bool = False
     timeout_s: float = 30.0
     verify: int = 0
+    plan: Path | None = None
+    save_plan: Path | None = None
     run_dir: Path | None = None
 
     def worker_count(self) -> int:
-        """Return how many worker processes this run has; none with serial lanes, otherwise at least one."""
-        if self.lanes == "serial":
+        """Return how many worker processes this run has; none with serial lanes and side streams, else at least one."""
+        if self.lanes in ("serial", "streams"):
             return 0
         if self.workers is not None:
             return self.workers

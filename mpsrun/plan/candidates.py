@@ -47,6 +47,18 @@ def candidates(
     return _best(_different(wanted), optional)
 
 
+def forced(regions: Sequence[Region], worker_ids: Sequence[int], costs: Costs) -> Candidate:
+    """Every region to the workers that has a branch which may leave, whether that pays or not."""
+    planner = _Planner(regions, worker_ids, costs)
+    return planner.candidate("workers, forced", planner.forced)
+
+
+def forced_streams(regions: Sequence[Region], costs: Costs) -> Candidate:
+    """Every region to side streams that has a branch which may leave, whether that pays or not."""
+    planner = _Planner(regions, (), costs)
+    return planner.candidate("streams, forced", planner.on_streams)
+
+
 def predicted_us(plan: Plan, regions: Sequence[Region], costs: Costs) -> float:
     """Microseconds of all regions under `plan`; what an inner region saves shortens the branch around it."""
     saved_us: dict[int, dict[int, float]] = {}
@@ -118,6 +130,9 @@ class _Planner:
         reason = hopeless(region, self._costs)
         if reason is not None:
             return Declined(reason)
+        return self.forced(region)
+
+    def forced(self, region: Region) -> _Choice:
         return decide(region, self._workers, self._costs, True, self._nesting[region.index])
 
     def fastest(self, region: Region) -> _Choice:

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
 from mpsrun import config, log
-from mpsrun.errors import MpsrunError, NotShippable
+from mpsrun.errors import NotShippable
 from mpsrun.graph.effects import Effects, analyze, drop_inert
 from mpsrun.graph.regions import Region, find_regions
 from mpsrun.plan.cost import MACHINES
 from mpsrun.plan.plan import Declined, plan_region
-from mpsrun.run import report, session
-from mpsrun.run.binding import Binding
+from mpsrun.run import plans, report, session
 from mpsrun.run.coordinator import Coordinator
-from mpsrun.run.lower import Lowered, lower
 from mpsrun.run.observe import Observer, must_be_plain
+from mpsrun.run.options import Options
 from mpsrun.run.overlaps import Overlaps
 from mpsrun.run.sizes import sizes_of
-from mpsrun.run.specialize import Cutter, Observation, needed_nodes
+from mpsrun.run.special import Planner, Special
+from mpsrun.run.specialize import needed_nodes
+from mpsrun.run.variant import Maker, Variant
 from mpsrun.run.verify import Verification
 
-LANES = ("auto", "serial", "workers")
 MOST_MISSES = 16  # calls in a row with sizes of their own, after which nothing more is prepared
 MOST_SPECIALS = 64  # sets of sizes of one graph that are kept prepared
 
@@ -39,52 +38,12 @@ def mpsrun(
 ) -> Callable[..., Any]:
     """Backend of `torch.compile(model, backend="mpsrun", options={"lanes": "workers"})`.
 
-    options: `lanes` ("auto", "serial" or "workers") and `workers` (use at most so many) for this model; the default is
-    the launcher's. Raises `MpsrunError` for an option that does not exist.
+    options: `lanes` ("auto", "serial", "streams" or "workers") and `workers` (use at most so many) for this model; the
+    default is the launcher's. Raises `MpsrunError` for an option that does not exist.
     """
-    chosen = Options.read(options or {}, mode)
-    graph = Graph(gm, chosen)
-    graph.summary.plain = graph.is_plain
+    graph = Graph(gm, Options.read(options or {}, mode))
     report.graphs.append(graph.summary)
     return gm.forward if graph.is_plain else graph
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a model may choose for itself."""
-
-    lanes: str
-    workers: int | None
-
-    @classmethod
-    def read(cls, options: Mapping[str, Any], mode: str | None) -> Options:
-        """Raises `MpsrunError` where `torch.compile` was given something else."""
-        unknown = set(options) - {"lanes", "workers"}
-        if unknown or mode is not None:
-            found = sorted(unknown) or f"mode={mode!r}"
-            raise MpsrunError(f'expected no options but "lanes" and "workers", found {found}')
-        lanes, workers = options.get("lanes", config.current().lanes), options.get("workers")
-        if lanes not in LANES:
-            raise MpsrunError(f"expected lanes to be one of {LANES}, found {lanes!r}")
-        if workers is not None and (type(workers) is not int or workers < 1):
-            raise MpsrunError(f"expected workers to be a whole number from 1, found {workers!r}")
-        return cls(lanes, workers)
-
-
-@dataclass
-class _Special:
-    """What a graph became for one set of sizes and modes: lowered regions and the function that runs them.
-
-    verified: how many calls were compared with plain PyTorch.
-    """
-
-    epoch: int
-    regions: list[Lowered]
-    run: Callable[..., Any]
-    binding: Binding
-    reports: list[report.RegionReport]
-    ready: bool = False
-    verified: int = 0
 
 
 class Graph:
@@ -98,13 +57,13 @@ class Graph:
 
     def __init__(self, gm: fx.GraphModule, options: Options) -> None:
         self._gm = gm
-        self._forced = options.lanes == "workers"
-        self._most = options.workers
+        self._options = options
         self._misses = 0
-        self._specials: dict[tuple[Any, ...], _Special] = {}
+        self._specials: dict[tuple[Any, ...], Special] = {}
         self.summary = report.Graph()
-        self._regions: tuple[Region, ...] = ()
         self._coordinator: Coordinator | None = None
+        self._kind = ""
+        self._maker: Maker | None = None
         self._verification: Verification | None = None
         if options.lanes != "serial":
             try:
@@ -113,11 +72,12 @@ class Graph:
                 if config.current().strict:
                     raise
                 log.say(f"a network could not be analysed, it runs in the lead ({type(error).__name__}: {error})")
+        self.summary.plain = self.is_plain
 
     @property
     def is_plain(self) -> bool:
         """Whether nothing of this graph will ever use a lane."""
-        return self._coordinator is None
+        return self._maker is None
 
     def _look(self, gm: fx.GraphModule) -> None:
         drop_inert(gm)
@@ -126,156 +86,147 @@ class Graph:
         for refusal in found.refusals:
             self.summary.refuse(refusal.reason, refusal.where)
         self._regions = found.regions
-        inner = {region.parent for region in found.regions}
-        self._nesting = {
-            region.index: [branch for branch in range(len(region.branches)) if (region.index, branch) in inner]
-            for region in found.regions
-        }
         for branch in (branch for region in found.regions for branch in region.branches if branch.pinned):
             self.summary.note(f"a branch stays in the lead: {branch.pinned}")
-        self._overlaps = Overlaps(gm, self._effects)
-        self._position = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
-        self._sizes = sizes_of(gm, self._effects, needed_nodes(found.regions))
         if not found.regions:
             self.summary.note("no branches that do not depend on each other")
             return
-        kind = self._device_kind()
-        machine = MACHINES.get(kind)
-        if machine is None:
-            self.summary.note(f"no lanes on the device {kind}")
+        self._overlaps = Overlaps(gm, self._effects)
+        self._sizes = sizes_of(gm, self._effects, needed_nodes(found.regions))
+        self._kind = _device_kind(self._regions, self._effects)
+        if self._kind not in MACHINES:
+            self.summary.note(f"no lanes on the device {self._kind}")
             return
-        if not self._forced and not self._worth_it(machine):
+        self._planner = Planner(gm, self._regions, self._kind, self._options, self.summary)
+        if self._is_worth_a_try():
+            self._open_lanes()
+
+    def _is_worth_a_try(self) -> bool:
+        """Whether there is a plan that is not serial, were all workers there."""
+        workers = range(1, session.worker_count() + 1)
+        if not all(candidate.plan.is_serial for candidate in self._planner.candidates(workers)):
+            return True
+        for region in self._regions:
+            choice = plan_region(region, workers, MACHINES[self._kind], self._options.forced)
+            if isinstance(choice, Declined):
+                self.summary.decline(region, choice.reason)
+        return False
+
+    def _open_lanes(self) -> None:
+        if self._options.lanes != "streams":
+            self._coordinator = session.coordinator(self._kind)
+            if self._coordinator is None:
+                self.summary.note(session.why_none())
+        if self._coordinator is None and not self._planner.has_streams:
             return
-        self._coordinator = session.coordinator(kind)
-        if self._coordinator is None:
-            self.summary.note(session.why_none())
-        elif config.current().verify:
-            self._verification = Verification.of(gm, self._effects, kind)
+        self._maker = Maker(self._gm, self._effects, self._regions, self._coordinator, self.summary)
+        if config.current().verify:
+            self._verification = Verification.of(self._gm, self._effects, self._kind)
 
-    def _worth_it(self, machine: Any) -> bool:
-        """Whether the plan would use any worker at all, were they all there."""
-        workers = range(1, session.worker_count() + 1)[: self._most]
-        plans = [
-            plan_region(region, list(workers), machine, False, self._nesting[region.index]) for region in self._regions
-        ]
-        for region, plan in zip(self._regions, plans, strict=True):
-            if isinstance(plan, Declined):
-                self.summary.decline(region, plan.reason)
-        return not all(isinstance(plan, Declined) for plan in plans)
-
-    def _device_kind(self) -> str:
-        devices = {
-            facts.device.type
-            for region in self._regions
-            for branch in region.branches
-            for node in branch.nodes
-            if (facts := self._effects.facts[node]).device is not None and not facts.floating
-        }
-        return devices.pop() if len(devices) == 1 else "mixed: " + ", ".join(sorted(devices))
+    # ---- calls
 
     def __call__(self, *args: Any) -> Any:
         Graph.entered += 1
-        coordinator = self._coordinator
-        if (
-            coordinator is None
-            or coordinator.closed
-            or must_be_plain(coordinator.device.kind)
-            or self._overlaps.now(args)
-        ):
+        owner, maker = self._coordinator, self._maker
+        if maker is None or (owner is not None and owner.closed) or must_be_plain(self._kind):
             return self._gm.forward(*args)
-        key = (
-            torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
-            *(args[i] for i in self._sizes),
-        )
+        if self._overlaps.now(args):
+            return self._gm.forward(*args)
+        key = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *(args[i] for i in self._sizes))
         special = self._specials.get(key)
-        if special is None or special.epoch != coordinator.epoch:
+        if special is None or (special.tuning is None and special.epoch != self._epoch):
             self._misses += 1
-            return self._first(key, args) if self._misses <= MOST_MISSES else self._gm.forward(*args)
+            return self._first(maker, key, args) if self._misses <= MOST_MISSES else self._gm.forward(*args)
         self._misses = 0
-        if not special.ready:
-            special.ready = all(coordinator.is_ready(c) for r in special.regions for c in r.crossings)
-            if not special.ready:
-                return self._gm.forward(*args)
-        coordinator.enter()
+        variant = self._choose(maker, special, args)
+        if variant is None or not variant.reports:
+            return self._gm.forward(*args)
         try:
-            special.binding.follow(args)
+            if owner is not None:
+                owner.enter()
+            variant.binding.follow(args)
         except NotShippable as error:  # memory that no worker can see
             log.detail(f"a network runs in the lead: {error}")
             return self._gm.forward(*args)
-        if special.reports:
-            self.summary.called(special.reports)
-            if self._verification is not None:
-                return self._verified(self._verification, special, args)
-        return special.run(*args)
+        self.summary.called(variant.reports)
+        return self._run(variant, args)
 
-    def _verified(self, verification: Verification, special: _Special, args: tuple[Any, ...]) -> Any:
-        if special.verified == verification.steps:
+    @property
+    def _epoch(self) -> int:
+        return self._coordinator.epoch if self._coordinator is not None else 0
+
+    def _run(self, variant: Variant, args: tuple[Any, ...]) -> Any:
+        verification = self._verification
+        if verification is None:
+            return variant.run(*args)
+        if variant.verified == verification.steps:
             verification.settle()
-            return special.run(*args)
-        special.verified += 1
-        return verification.call(special.run, args, special.verified)
+            return variant.run(*args)
+        variant.verified += 1
+        return verification.call(variant.run, args, variant.verified)
 
-    def _first(self, key: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
-        coordinator = self._coordinator
-        if coordinator is None:
-            raise RuntimeError("mpsrun: a graph without a coordinator")
+    def _choose(self, maker: Maker, special: Special, args: tuple[Any, ...]) -> Variant | None:
+        """What this call runs under; None for plain PyTorch."""
+        tuning, chosen = special.tuning, 0
+        if tuning is not None:
+            if not tuning.is_decided and not self._may_tune(maker, special, args):
+                return None
+            chosen = tuning.step(Graph.entered, self._lost())
+        if special.candidates[chosen].plan.is_serial:
+            return None
+        variant = special.variants.get(chosen)
+        if variant is None:
+            variant = special.variants[chosen] = maker.make(special.candidates[chosen].plan, special.seen, args)
+        return variant if variant.is_ready() else None
+
+    def _may_tune(self, maker: Maker, special: Special, args: tuple[Any, ...]) -> bool:
+        """Whether it is this one's turn and every candidate can run; in each call one more of them is made."""
+        if special.tuning is None or not special.tuning.may_start(Graph.entered):
+            return False
+        for i, candidate in enumerate(special.candidates):
+            if i not in special.variants and not candidate.plan.is_serial:
+                special.variants[i] = maker.make(candidate.plan, special.seen, args)
+                return False
+        return all(variant.is_ready() for variant in special.variants.values())
+
+    def _lost(self) -> list[int]:
+        return [link.index for link in self._coordinator.links if link.lost] if self._coordinator is not None else []
+
+    # ---- the first call for a set of sizes and modes
+
+    def _first(self, maker: Maker, key: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
         observer = Observer(self._gm, self._effects, self._regions)
         result = observer.run(*args)
-        epoch = coordinator.epoch
-        regions = self._cut_all(coordinator, observer.observation)
-        regions, run = self._lower(regions)
-        strands = [strand for lowered in regions for strand in lowered.cut.strands]
-        try:
-            for strand in strands:
-                coordinator.prepare(strand.crossing, [observer.values.get(node) for node in strand.args])
-        except NotShippable as error:
-            self.summary.note(str(error))
-            regions, run, strands = [], self._gm.forward, []
-        binding = Binding(coordinator, strands, self._position)
         while len(self._specials) >= MOST_SPECIALS:
             del self._specials[next(iter(self._specials))]
-        reports = [self.summary.accept(r.region, r.lanes, r.cut.jobs) for r in regions]
-        special = self._specials[key] = _Special(epoch, regions, run, binding, reports)
-        if self._forced and not coordinator.wait_ready([c for r in regions for c in r.crossings]):
-            log.say("the workers did not get ready in time; the network runs in the lead until they are")
-        special.ready = not regions
+        special = self._specials[key] = self._planner.special(self._coordinator, args, observer.observation)
+        if special.tuning is None:
+            self._make_now(maker, special, args)
         return result
 
-    def _cut_all(self, coordinator: Coordinator, seen: Observation) -> list[Lowered]:
-        """The regions that go to workers, outer ones first; a branch that left takes its inner regions along."""
-        cutter = Cutter(coordinator, self._effects, list(self._gm.graph.output_node().all_input_nodes))
-        machine = MACHINES[coordinator.device.kind]
-        gone: set[fx.Node] = set()
-        cuts = []
+    def _make_now(self, maker: Maker, special: Special, args: tuple[Any, ...]) -> None:
+        """Make the only variant; where lanes are forced, wait for the workers."""
+        (candidate,) = special.candidates
         for region in self._regions:
-            if any(node in gone for branch in region.branches for node in branch.nodes):
-                continue
-            nesting = self._nesting[region.index]
-            plan = plan_region(region, coordinator.usable()[: self._most], machine, self._forced, nesting)
-            if isinstance(plan, Declined):
-                self.summary.decline(region, plan.reason)
-                continue
-            if region.parent is not None and any(n in seen.random_steps for b in region.branches for n in b.nodes):
-                self.summary.refuse(
-                    "random ops inside of another region keep to the order of the program", region.where
-                )
-                continue
-            try:
-                cut = cutter.cut(region, plan, seen)
-            except NotShippable as error:
-                self.summary.refuse(str(error), region.where)
-                continue
-            for branch, lane in zip(region.branches, plan.lanes, strict=True):
-                gone.update(branch.nodes if lane else ())
-            cuts.append(Lowered(region, cut, plan.lanes))
-        return cuts
+            choice = candidate.plan.regions.get(region.index)
+            if isinstance(choice, Declined):
+                self.summary.decline(region, choice.reason)
+        variant = special.variants[0] = maker.make(candidate.plan, special.seen, args)
+        plans.keep(plans.fingerprint(special.key), special.description, candidate.plan)
+        if (
+            self._options.forced
+            and self._coordinator is not None
+            and not self._coordinator.wait_ready(variant.crossings)
+        ):
+            log.say("the workers did not get ready in time; the network runs in the lead until they are")
 
-    def _lower(self, regions: list[Lowered]) -> tuple[list[Lowered], Callable[..., Any]]:
-        while regions:
-            try:
-                return regions, lower(self._gm, self._effects, regions)
-            except NotShippable as error:
-                self.summary.refuse(str(error), regions[-1].region.where)
-                regions = regions[:-1]
-        return [], self._gm.forward
+
+def _device_kind(regions: Sequence[Region], effects: Effects) -> str:
+    devices = {
+        facts.device.type
+        for region in regions
+        for branch in region.branches
+        for node in branch.nodes
+        if (facts := effects.facts[node]).device is not None and not facts.floating
+    }
+    return devices.pop() if len(devices) == 1 else "mixed: " + ", ".join(sorted(devices))

@@ -7,16 +7,14 @@ from typing import Any
 
 from torch import fx
 
-from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.specialize import Strand
 
 
 class Binding:
     """The statics of all strands of one lowered graph, looked at once a call: during it, its arguments hold them."""
 
-    def __init__(self, owner: Coordinator, strands: Sequence[Strand], position: Mapping[fx.Node, int]) -> None:
+    def __init__(self, strands: Sequence[Strand], position: Mapping[fx.Node, int]) -> None:
         """`position`: by placeholder, the number of the graph's argument."""
-        self._owner = owner
         self._places = [
             {arg: position[strand.args[arg]] for share in strand.crossing.shares for arg in share.static_args}
             for strand in strands
@@ -28,12 +26,15 @@ class Binding:
 
     def follow(self, args: Sequence[Any]) -> None:
         """Tell the workers what moved since the last call. Raises `NotShippable` where they cannot see it."""
-        pointers = [args[i].data_ptr() for i in self._statics]
-        if pointers == self._pointers and self._owner.device.holds(self._chunks):
+        if not self._crossings:
             return
-        with self._owner.lock:
+        owner = self._crossings[0].owner
+        pointers = [args[i].data_ptr() for i in self._statics]
+        if pointers == self._pointers and owner.device.holds(self._chunks):
+            return
+        with owner.lock:
             for crossing, places in zip(self._crossings, self._places, strict=True):
-                self._owner.bind(crossing, {arg: args[place] for arg, place in places.items()})
+                owner.bind(crossing, {arg: args[place] for arg, place in places.items()})
         shares = [share for crossing in self._crossings for share in crossing.shares]
         self._chunks = tuple({chunk for share in shares for chunk in share.chunks})
         self._pointers = pointers

@@ -150,7 +150,7 @@ class Part:
         cutter = Cutter(coordinator, self._effects, self._gm.graph.output_node().all_input_nodes)
         (strand,) = cutter.cut(self._region, Assignment((worker,)), seen).strands
         coordinator.prepare(strand.crossing, [self._value(node, args) for node in strand.args])
-        binding = Binding(coordinator, [strand], self._inputs)
+        binding = Binding([strand], self._inputs)
         return Job(strand, binding, self._line(worker, strand.crossing.shares[0].job))
 
     def _line(self, worker: int, job: int) -> report.RegionReport:

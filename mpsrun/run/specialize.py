@@ -14,6 +14,7 @@ from mpsrun.errors import NotShippable
 from mpsrun.graph.effects import Effects
 from mpsrun.graph.program import Program, State, extract
 from mpsrun.graph.regions import Branch, Region
+from mpsrun.plan.lanes import is_stream, is_worker
 from mpsrun.plan.plan import Assignment
 from mpsrun.run import state as modes
 from mpsrun.run.coordinator import Coordinator
@@ -90,7 +91,7 @@ class _Part:
 class Cutter:
     """Cuts the regions of one graph; one object a graph."""
 
-    def __init__(self, coordinator: Coordinator, effects: Effects, returned: Sequence[fx.Node]) -> None:
+    def __init__(self, coordinator: Coordinator | None, effects: Effects, returned: Sequence[fx.Node]) -> None:
         self._coordinator = coordinator
         self._effects = effects
         facts = effects.facts
@@ -99,6 +100,12 @@ class Cutter:
         self._ends: dict[fx.Node, set[int]] = {}  # by node, the graph's outputs that depend on it
         for number, node in enumerate(returned):
             self._mark(node, number)
+
+    @property
+    def _owner(self) -> Coordinator:
+        if self._coordinator is None:
+            raise NotShippable("there are no workers")
+        return self._coordinator
 
     def _mark(self, end: fx.Node, number: int) -> None:
         stack = [end]
@@ -112,16 +119,16 @@ class Cutter:
     def cut(self, region: Region, assignment: Assignment, seen: Observation) -> Cut:
         """What crosses at a region under an assignment. Raises `NotShippable` with the reason."""
         device = _device_of(region, seen)
-        if any(lane > 0 for lane in assignment.lanes) and device.type != self._coordinator.device.kind:
-            raise NotShippable(f"its tensors are on {device}, the workers use {self._coordinator.device.kind}")
+        if any(map(is_worker, assignment.lanes)) and device.type != self._owner.device.kind:
+            raise NotShippable(f"its tensors are on {device}, the workers use {self._owner.device.kind}")
         state = modes.ambient(device.type)
         laned = list(zip(region.branches, assignment.lanes, strict=True))
-        own = tuple(node for branch, lane in laned if lane <= 0 for node in branch.nodes)
+        own = tuple(node for branch, lane in laned if not is_worker(lane) for node in branch.nodes)
         places, total = _random_starts(region, seen)
         starts = places
         groups: dict[frozenset[int], list[tuple[Branch, int]]] = {}
         for branch, lane in laned:
-            if lane > 0:
+            if is_worker(lane):
                 ends = frozenset(end for node in branch.outputs for end in self._ends.get(node, ()))
                 groups.setdefault(ends, []).append((branch, lane))
         strands = []
@@ -142,8 +149,8 @@ class Cutter:
             tuple(jobs.get(b, 0) for b in region.branches),
             own,
             {node: places[node] for node in own if node in places},
-            tuple(self._side(lane, laned) for lane in sorted({lane for _, lane in laned if lane < 0})),
-            {node: lane for branch, lane in laned if lane < 0 for node in branch.nodes},
+            tuple(self._side(lane, laned) for lane in sorted({lane for _, lane in laned if is_stream(lane)})),
+            {node: lane for branch, lane in laned if is_stream(lane) for node in branch.nodes},
         )
 
     def _side(self, lane: int, laned: Sequence[tuple[Branch, int]]) -> Side:
@@ -199,7 +206,7 @@ class Cutter:
             shares.append(share)
         wanted = {s.args[p.index] for s in shares for p in s.layout.grad_inputs}
         return Crossing(
-            owner=self._coordinator,
+            owner=self._owner,
             shares=tuple(shares),
             inputs=tuple(places.values()),
             outputs=tuple(outputs),
@@ -253,7 +260,7 @@ class Cutter:
             grad_inputs=wants,
         )
         span = range(first_output, first_output + len(out_metas))
-        link = self._coordinator.links[part.worker - 1]
+        link = self._owner.links[part.worker - 1]
         return Share(link, layout.job, part.program, layout, part.args, part.gradients, span)
 
     def _escapes(self, node: fx.Node) -> bool:

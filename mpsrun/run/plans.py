@@ -1,0 +1,105 @@
+"""Plans that outlive a run: the cache of the user, a file that pins them, a file that takes them."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import hashlib
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from mpsrun import __version__, config, log
+from mpsrun.errors import UsageError
+from mpsrun.graph.regions import Region
+from mpsrun.plan.plan import Plan
+from mpsrun.plan.planfile import PlanFile, fits
+from mpsrun.run import state as modes
+from mpsrun.run.plan_cache import Key, PlanCache
+
+_saved = PlanFile()
+
+
+def key_of(gm: fx.GraphModule, args: Sequence[Any], kind: str, workers: int) -> Key:
+    """Everything on which the fastest plan of a graph depends, for the sizes of these arguments."""
+    shapes = [_shape(arg) for arg in args]
+    return Key(
+        graph=_digest(gm.code),
+        shapes=_digest(repr((shapes, modes.ambient(kind)))),
+        device=torch.cuda.get_device_name() if kind == "cuda" else kind,
+        driver=str(torch._C._cuda_getDriverVersion()) if kind == "cuda" else "",  # type: ignore[attr-defined]
+        torch=torch.__version__,
+        mpsrun=__version__,
+        workers=workers,
+        mps=config.current().mps,
+    )
+
+
+def fingerprint(key: Key) -> str:
+    """What a plan file calls a graph: the graph with its sizes, whatever machine it runs on."""
+    return _digest(key.graph + key.shapes)
+
+
+@functools.cache
+def cache() -> PlanCache:
+    """The cache of this user."""
+    return PlanCache(config.current().plan_cache_dir)
+
+
+def pinned(name: str, regions: Sequence[Region], workers: int, has_streams: bool) -> Plan | None:
+    """The plan that `--plan` pins for the graph of this fingerprint; None, with one line why, where there is none."""
+    pins = _pins()
+    if pins is None:
+        return None
+    try:
+        plan = pins.plan_for(name)
+    except UsageError as error:
+        log.say(f"{error}; it is tuned instead")
+        return None
+    reason = fits(plan, regions, workers, has_streams)
+    if reason is not None:
+        log.say(f"{pins.source}: the plan of graph {name} cannot be followed: {reason}; it is tuned instead")
+        return None
+    return plan
+
+
+def keep(name: str, description: str, plan: Plan) -> None:
+    """Note the plan that a graph ended up with, for `--save-plan`."""
+    global _saved
+    path = config.current().save_plan
+    if path is None:
+        return
+    if not _saved.graphs:
+        atexit.register(_write, os.getpid())
+    _saved = _saved.with_plan(name, description, plan)
+
+
+def _write(pid: int) -> None:
+    path = config.current().save_plan
+    if path is None or os.getpid() != pid:  # a forked child has a copy
+        return
+    try:
+        path.write_text(str(_saved))
+    except OSError as error:
+        log.say(f"expected to write the plan to {path}, found: {error}; the run itself is complete")
+
+
+@functools.cache
+def _pins() -> PlanFile | None:
+    path = config.current().plan
+    if path is None:
+        return None
+    return PlanFile.parse(path.read_text(), str(path))
+
+
+def _shape(arg: Any) -> Any:
+    if not isinstance(arg, torch.Tensor):
+        return arg if type(arg) in (int, float, bool) else type(arg).__name__
+    return tuple(arg.shape), str(arg.dtype), arg.requires_grad
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

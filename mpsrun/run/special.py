@@ -1,0 +1,125 @@
+"""The plans that a graph may run under for one set of sizes and modes, and which of them is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from mpsrun import log
+from mpsrun.graph.regions import Region
+from mpsrun.plan import memory
+from mpsrun.plan.candidates import Candidate, candidates, forced, forced_streams
+from mpsrun.plan.cost import MACHINES, Costs
+from mpsrun.run import plans, report
+from mpsrun.run.coordinator import Coordinator
+from mpsrun.run.options import Options
+from mpsrun.run.plan_cache import Entry, Key
+from mpsrun.run.specialize import Observation
+from mpsrun.run.tuning import Tuning
+from mpsrun.run.variant import Variant
+
+
+@dataclass(eq=False)
+class Special:
+    """What a graph became for one set of sizes and modes.
+
+    candidates: the plans that it may run under, with `variants` of those that were made. tuning: chooses between them;
+    None where there is only one. epoch: how many workers were lost when that one was planned.
+    """
+
+    description: str
+    seen: Observation
+    candidates: tuple[Candidate, ...]
+    key: Key
+    epoch: int
+    tuning: Tuning | None = None
+    variants: dict[int, Variant] = field(default_factory=dict)
+
+
+class Planner:
+    """Makes the specials of one graph."""
+
+    def __init__(
+        self, gm: fx.GraphModule, regions: Sequence[Region], kind: str, options: Options, summary: report.Graph
+    ) -> None:
+        self._gm, self._regions, self._kind, self._options = gm, regions, kind, options
+        self._summary = summary
+
+    @property
+    def has_streams(self) -> bool:
+        """A CPU has none; there `streams` only shows that nothing else changes."""
+        return self._kind == "cuda" or self._options.lanes == "streams"
+
+    def candidates(self, workers: Sequence[int]) -> tuple[Candidate, ...]:
+        """The plans to choose from with these workers; a forced lane leaves no choice."""
+        costs, workers = Costs(MACHINES[self._kind]), list(workers)[: self._options.workers]
+        if self._options.lanes == "streams":
+            return (forced_streams(self._regions, costs),)
+        if self._options.forced:
+            return (forced(self._regions, workers, costs),)
+        return candidates(self._regions, workers, costs, self.has_streams)
+
+    def special(self, owner: Coordinator | None, args: Sequence[Any], seen: Observation) -> Special:
+        """The plans for the sizes of these arguments: one that is forced or pinned, or several to tune."""
+        usable = owner.usable() if owner is not None else []
+        key = plans.key_of(self._gm, args, self._kind, len(usable))
+        special = Special(_description(args), seen, (), key, owner.epoch if owner is not None else 0)
+        plan = None
+        if not self._options.forced:
+            plan = plans.pinned(plans.fingerprint(key), self._regions, len(usable), self.has_streams)
+        if plan is not None:
+            special.candidates = (Candidate("pinned", plan, 0.0),)
+            return special
+        special.candidates = self.candidates(usable)
+        if not self._options.forced:
+            special.candidates = self._affordable(special.candidates, owner)
+            special.tuning = self._tuning(special, owner)
+        return special
+
+    def _affordable(self, found: tuple[Candidate, ...], owner: Coordinator | None) -> tuple[Candidate, ...]:
+        if self._kind != "cuda":
+            return found
+        started = [link.index for link in owner.links if link.started] if owner is not None else []
+        return memory.affordable(found, self._regions, torch.cuda.mem_get_info()[0], started)
+
+    def _tuning(self, special: Special, owner: Coordinator | None) -> Tuning:
+        epoch = special.epoch
+
+        def decided(chosen: int) -> None:
+            self._chosen(special, chosen)
+            if owner is None or owner.epoch == epoch:  # what a lost worker left to choose from is not for other runs
+                self._cache(special, chosen)
+
+        tuning = Tuning(special.description, special.candidates, self._kind, decided)
+        entry = plans.cache().load(special.key)
+        known = [i for i, c in enumerate(special.candidates) if entry is not None and str(c.plan) == entry.plan]
+        if known:
+            log.say(f"{special.description}: {special.candidates[known[0]].name}, which an earlier run found best")
+            tuning.settle(known[0])
+            self._chosen(special, known[0])
+        return tuning
+
+    def _chosen(self, special: Special, chosen: int) -> None:
+        plan = special.candidates[chosen].plan
+        special.variants = {i: variant for i, variant in special.variants.items() if i == chosen}
+        self._summary.plain = plan.is_serial
+        plans.keep(plans.fingerprint(special.key), special.description, plan)
+
+    def _cache(self, special: Special, chosen: int) -> None:
+        candidate = special.candidates[chosen]
+        medians_us = special.tuning.medians_us if special.tuning is not None else {}
+        plans.cache().store(
+            special.key, Entry(candidate=candidate.name, plan=str(candidate.plan), medians_us=medians_us)
+        )
+
+
+def _description(args: Sequence[Any]) -> str:
+    """What people call a graph: the sizes of its inputs, parameters left out."""
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor) and not isinstance(arg, torch.nn.Parameter)]
+    sizes = ["x".join(map(str, tensor.shape)) for tensor in tensors if tensor.dim() > 1 or len(tensors) == 1]
+    mode = "training" if torch.is_grad_enabled() else "evaluation"
+    return f"{mode} of {', '.join(dict.fromkeys(sizes[:3])) or 'a network'}"

@@ -1,0 +1,85 @@
+"""Tuning at its edge: steps are timed, candidates take turns, and the decision is told."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+from mpsrun import log
+from mpsrun.plan import tuner
+from mpsrun.plan.candidates import Candidate
+from mpsrun.run.stepclock import StepClock
+
+# A network that tunes and was not called for so many calls of others lets another one tune.
+MOST_ABSENT_CALLS = 64
+
+_turn = threading.Lock()
+_tuning: Tuning | None = None  # one at a time: two would measure each other
+
+
+class Tuning:
+    """Which candidate each call of a graph runs under, until one is decided on.
+
+    decided: called with the candidate's index and the state, when that is known, and again where it had to change.
+    """
+
+    def __init__(self, name: str, candidates: Sequence[Candidate], kind: str, decided: Callable[[int], None]) -> None:
+        self.candidates = tuple(candidates)
+        self._name = name
+        self._decided = decided
+        self._clock = StepClock(kind)
+        self._state: tuner.State | None = None
+        self._lost: set[int] = set()
+        self._last_call = 0
+
+    @property
+    def is_decided(self) -> bool:
+        return self._state is not None and self._state.decided is not None
+
+    @property
+    def medians_us(self) -> dict[str, float]:
+        """By candidate, the median step of those that were timed."""
+        return tuner.medians_us(self._state) if self._state is not None else {}
+
+    def settle(self, chosen: int) -> None:
+        """Start with what was decided in an earlier run."""
+        self._state = tuner.settled(self.candidates, chosen)
+
+    def may_start(self, calls: int) -> bool:
+        """Whether it is this one's turn; `calls` counts the calls of all graphs."""
+        global _tuning
+        with _turn:
+            if _tuning is None or _tuning.is_decided or calls - _tuning._last_call > MOST_ABSENT_CALLS:
+                _tuning = self
+            self._last_call = calls
+            return _tuning is self
+
+    def step(self, calls: int, lost: Sequence[int]) -> int:
+        """The candidate for the call that begins now; `lost`: the workers that are gone."""
+        self._last_call = calls
+        if self._state is None:
+            self._state, actions = tuner.start(self.candidates)
+            self._act(actions)
+        for worker in [worker for worker in lost if worker not in self._lost]:
+            self._lost.add(worker)
+            self._advance(tuner.WorkerLost(worker))
+        if not self.is_decided:
+            for candidate, us in self._clock.periods():
+                self._advance(tuner.StepTimed(candidate, us))
+        current = self._state.current
+        if not self.is_decided:
+            self._clock.start(current)
+        return current
+
+    def _advance(self, event: tuner.Event) -> None:
+        assert self._state is not None, "events come after the start"
+        self._state, actions = tuner.advance(self._state, event)
+        self._act(actions)
+
+    def _act(self, actions: tuner.Actions) -> None:
+        for action in actions:
+            if isinstance(action, tuner.Decided):
+                log.say(f"{self._name}: {action.reason}")
+                self._decided(action.candidate)
+            elif isinstance(action, tuner.Log):
+                log.detail(f"{self._name}: {action.line}")

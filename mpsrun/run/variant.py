@@ -1,0 +1,115 @@
+"""A plan made runnable: the graph lowered for it, and the workers told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from mpsrun.errors import NotShippable
+from mpsrun.graph.effects import Effects
+from mpsrun.graph.regions import Region
+from mpsrun.plan.lanes import LEAD
+from mpsrun.plan.plan import Assignment, Plan
+from mpsrun.run import report
+from mpsrun.run.binding import Binding
+from mpsrun.run.coordinator import Coordinator
+from mpsrun.run.crossing import Crossing
+from mpsrun.run.lower import Lowered, lower
+from mpsrun.run.specialize import Cutter, Observation
+
+
+@dataclass(eq=False)
+class Variant:
+    """One plan for one set of sizes and modes.
+
+    run: like the graph's `forward`. verified: how many of its calls were compared with plain PyTorch.
+    """
+
+    run: Callable[..., Any]
+    binding: Binding
+    crossings: list[Crossing]
+    reports: list[report.RegionReport]
+    ready: bool = False
+    verified: int = 0
+
+    def is_ready(self) -> bool:
+        """Whether every worker has prepared its part."""
+        if not self.ready:
+            self.ready = all(crossing.owner.is_ready(crossing) for crossing in self.crossings)
+        return self.ready
+
+
+class Maker:
+    """Makes the variants of one graph."""
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        effects: Effects,
+        regions: Sequence[Region],
+        coordinator: Coordinator | None,
+        summary: report.Graph,
+    ) -> None:
+        self._gm, self._effects, self._regions = gm, effects, regions
+        self._summary = summary
+        self._cutter = Cutter(coordinator, effects, list(gm.graph.output_node().all_input_nodes))
+        self._position: Mapping[fx.Node, int] = {
+            node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))
+        }
+
+    def make(self, plan: Plan, seen: Observation, args: Sequence[Any]) -> Variant:
+        """Lower the graph for a plan, and have the workers prepare; `args` are those of a call. Does not wait.
+
+        Regions that cannot be cut or lowered stay in the lead, with the reason in the report.
+        """
+        regions, run = self._lower(self._cut_all(plan, seen))
+        strands = [strand for lowered in regions for strand in lowered.cut.strands]
+        try:
+            for strand in strands:
+                places = (self._position.get(node) for node in strand.args)
+                strand.crossing.owner.prepare(strand.crossing, [None if i is None else args[i] for i in places])
+        except NotShippable as error:
+            self._summary.note(str(error))
+            regions, run, strands = [], self._gm.forward, []
+        reports = [self._summary.accept(r.region, r.lanes, r.cut.jobs) for r in regions]
+        binding = Binding(strands, self._position)
+        return Variant(run, binding, [strand.crossing for strand in strands], reports)
+
+    def _cut_all(self, plan: Plan, seen: Observation) -> list[Lowered]:
+        """The regions that leave, outer ones first; a branch that left takes its inner regions along."""
+        gone: set[fx.Node] = set()
+        cuts = []
+        for region in self._regions:
+            choice = plan.regions.get(region.index)
+            nodes = [node for branch in region.branches for node in branch.nodes]
+            if not isinstance(choice, Assignment) or not any(choice.lanes) or not gone.isdisjoint(nodes):
+                continue
+            cut = self._cut(region, choice, seen, nodes)
+            if cut is not None:
+                cuts.append(cut)
+                for branch, lane in zip(region.branches, choice.lanes, strict=True):
+                    gone.update(branch.nodes if lane != LEAD else ())
+        return cuts
+
+    def _cut(self, region: Region, choice: Assignment, seen: Observation, nodes: Sequence[fx.Node]) -> Lowered | None:
+        if region.parent is not None and any(node in seen.random_steps for node in nodes):
+            reason = "random ops inside of another region keep to the order of the program"
+            self._summary.refuse(reason, region.where)
+            return None
+        try:
+            return Lowered(region, self._cutter.cut(region, choice, seen), choice.lanes)
+        except NotShippable as error:
+            self._summary.refuse(str(error), region.where)
+            return None
+
+    def _lower(self, regions: list[Lowered]) -> tuple[list[Lowered], Callable[..., Any]]:
+        while regions:
+            try:
+                return regions, lower(self._gm, self._effects, regions)
+            except NotShippable as error:
+                self._summary.refuse(str(error), regions[-1].region.where)
+                regions = regions[:-1]
+        return [], self._gm.forward
