@@ -31,7 +31,7 @@ def key_of(gm: fx.GraphModule, args: Sequence[Any], kind: str, workers: int) -> 
         shapes=_digest(repr((shapes, modes.ambient(kind)))),
         device=torch.cuda.get_device_name() if kind == "cuda" else kind,
         driver=str(torch._C._cuda_getDriverVersion()) if kind == "cuda" else "",  # type: ignore[attr-defined]
-        torch=torch.__version__,
+        torch=str(torch.__version__),
         mpsrun=__version__,
         workers=workers,
         mps=config.current().mps,
