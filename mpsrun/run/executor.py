@@ -140,6 +140,11 @@ class Executor:
                 if view.is_floating_point():
                     view.fill_(torch.nan)
 
+    @property
+    def kept(self) -> int:
+        """How many forwards wait for their backward."""
+        return len(self._saved)
+
     def has(self, invocation: int) -> bool:
         """Whether the forward of this invocation left what its backward needs."""
         return invocation in self._saved
