@@ -69,7 +69,7 @@ def trace_gradients(program: Program, inputs: Sequence[TensorMeta | int], state:
             if index is not None:
                 saved.add(index)
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None), applied(state):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept), applied(state):
             outputs = build(program)(*values)
         reach = [_reachable(output, leaves) for output in outputs]
         return Gradients(tuple(o.requires_grad for o in outputs), tuple(reach), frozenset(saved))

@@ -2,9 +2,10 @@
 
 import copy
 
+import alike
 import pytest
 import torch
-from alike import executed, where
+from alike import executed
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
@@ -31,7 +32,7 @@ class Script(RuleBasedStateMachine):
     def begin(self, branches: int, seed: int) -> None:
         torch._dynamo.reset()
         torch.manual_seed(seed)
-        plain = Forking(branches).to(where, torch.float64)
+        plain = Forking(branches).to(alike.where, torch.float64)
         self.plain, self.fast = Trainee(plain), Trainee(copy.deepcopy(plain))
         compile_in_place(self.fast.model)
 
