@@ -14,7 +14,7 @@ import torch
 from benchmarks.habits import HABITS, Forking, Trainee, parametrised_or_not
 from mpsrun.run import report, session
 from mpsrun.run.coordinator import Coordinator
-from mpsrun.run.discover import compile_in_place
+from mpsrun.run.in_place import compile_in_place
 
 NETWORKS = 8  # that take turns: once each of them was there, Dynamo, which never forgets all of a graph, has no new one
 HABITS_A_NETWORK = 12

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transparency import TOLERANCE
 
 from mpsrun.run import report
-from mpsrun.run.discover import compile_in_place
+from mpsrun.run.in_place import compile_in_place
 
 pytestmark = pytest.mark.usefixtures("workers", "nothing_kept")
 

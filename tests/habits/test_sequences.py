@@ -13,7 +13,7 @@ from torch import Tensor
 from transparency import TOLERANCE, assert_same
 
 from benchmarks.habits import HABITS, Forking, Habit, Trainee
-from mpsrun.run.discover import compile_in_place
+from mpsrun.run.in_place import compile_in_place
 
 EXAMPLES, RULES = 25, 12
 
