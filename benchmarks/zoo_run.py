@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks import zoo_rows as rows
 from benchmarks.zoo_models import Entry, Specimen, specimen
-from mpsrun.run import backend, discover, report, session
+from mpsrun.run import backend, in_place, report, session
 
 WORKERS = 2
 STEPS = 3
@@ -102,7 +102,7 @@ def measure(entry: Entry, steps: int = STEPS) -> rows.Row:
 
 def _compared(row: rows.Row, found: Specimen, watched: Watched, steps: int) -> rows.Row:
     report.graphs.clear()
-    discover._prepare_dynamo()
+    in_place.prepare_dynamo()
     plain, fast = found.model, copy.deepcopy(found.model)
     fast.compile(backend=watched, options={"lanes": "workers", "workers": WORKERS})
     worst = Worst(TOLERANCE[found.dtype], FLOOR[found.dtype])

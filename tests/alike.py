@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transparency import TOLERANCE, assert_same
 
 from mpsrun.run import report
-from mpsrun.run.discover import compile_in_place
+from mpsrun.run.in_place import compile_in_place
 
 Seen = dict[str, Any]
 Script = Callable[[nn.Module], Seen]

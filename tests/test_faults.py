@@ -203,6 +203,25 @@ class TestGoesOn:
             torch.testing.assert_close(p.grad, q.grad, **TOLERANCE, msg=name)
         pair.assert_goes_on()
 
+    def test_with_networks_of_one_kind_under_way(self, expendable: Coordinator) -> None:
+        """They share a graph and its jobs: what each of them is owed is computed with its own parameters."""
+        pair = Pair(expendable)
+        plain_other = Three().double().to(pair.device)
+        fast_other = on_lanes(copy.deepcopy(plain_other), 1)
+        calls = pair.executed([pair.victim])
+        for models in ((pair.plain, plain_other), (pair.fast, fast_other)):
+            outputs = [model(batch(i).requires_grad_()) for i, model in enumerate(models)]
+            if models[0] is pair.fast:
+                assert pair.executed([pair.victim]) == calls + 2
+                os.kill(pid_of(expendable, pair.victim), signal.SIGKILL)
+            for model in models:
+                model.zero_grad()
+            torch.stack(outputs).square().sum().backward()
+        for fast, plain in ((pair.fast, pair.plain), (fast_other, plain_other)):
+            for (name, p), q in zip(fast.named_parameters(), plain.parameters(), strict=True):
+                torch.testing.assert_close(p.grad, q.grad, **TOLERANCE, msg=name)
+        pair.assert_goes_on()
+
     def test_error_of_the_script(self, expendable: Coordinator) -> None:
         """What plain PyTorch raises is raised, and training can go on."""
         torch.manual_seed(0)

@@ -140,6 +140,11 @@ class Executor:
                 if view.is_floating_point():
                     view.fill_(torch.nan)
 
+    @property
+    def kept(self) -> int:
+        """How many forwards wait for their backward."""
+        return len(self._saved)
+
     def has(self, message: Backward) -> bool:
         """Whether the forward left what this backward needs."""
         return (message.invocation, self.layouts[message.layout].job) in self._saved

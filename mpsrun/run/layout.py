@@ -63,13 +63,13 @@ def trace_gradients(program: Program, inputs: Sequence[TensorMeta | int], state:
         storages = {v.untyped_storage()._cdata: i for i, v in enumerate(values) if isinstance(v, torch.Tensor)}
         saved: set[int] = set()
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
+        def pack(tensor: torch.Tensor) -> None:
+            """Keeps nothing: an op that saved its own result so would never be freed."""
             index = storages.get(tensor.untyped_storage()._cdata)
             if index is not None:
                 saved.add(index)
-            return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), applied(state):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept), applied(state):
             outputs = build(program)(*values)
         reach = [_reachable(output, leaves) for output in outputs]
         return Gradients(tuple(o.requires_grad for o in outputs), tuple(reach), frozenset(saved))

@@ -73,7 +73,7 @@ class Worker:
             case m.Forget():
                 self.executor.forget(message.layouts, message.jobs)
             case m.Count():
-                self.channel.send(m.Counts(self.index, dict(self._forwards), dict(self._backwards)))
+                self.channel.send(self._counts())
             case m.Start():
                 self._start(message)
 
@@ -99,6 +99,10 @@ class Worker:
         self._submitted, self._done = message.submitted, message.done
         self._spin_s = SPIN_S if message.threads > 1 else 0.0
         self.channel.send(m.Started(self.index))
+
+    def _counts(self) -> m.Counts:
+        forwards, backwards = dict(self._forwards), dict(self._backwards)
+        return m.Counts(self.index, forwards, backwards, len(self.executor.jobs), self.executor.kept)
 
     def _map(self, handle: ChunkHandle) -> Chunk:
         chunk = self._chunks[handle.id] = self.device.open_chunk(handle)

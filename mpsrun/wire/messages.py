@@ -201,11 +201,13 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Counts(msgspec.Struct, frozen=True, tag=True):
-    """How often each job ran forward and backward, by job id."""
+    """How often each job ran forward and backward, by job id; how many jobs and forwards are kept at the moment."""
 
     worker: int
     forwards: dict[int, int]
     backwards: dict[int, int]
+    jobs: int
+    kept: int
 
 
 ToLead = Ready | Started | Prepared | Failed | Counts

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from alike import Seen, parameter, same, state, sum_of, train, where, x
+from alike import Seen, parameter, same, state, sum_of, train, x
 from networks import Three, mlp
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -212,7 +212,7 @@ TRANSFORMS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "vmap": lambda model, given: torch.func.vmap(model)(given.unsqueeze(1)),
     "grad": lambda model, given: torch.func.grad(lambda v: sum_of(model(v)))(given),
     "jvp": lambda model, given: torch.func.jvp(model, (given,), (torch.ones_like(given),))[1],
-    "vjp": lambda model, given: torch.func.vjp(model, given)[1](torch.ones(5, 2, dtype=given.dtype, device=where))[0],
+    "vjp": lambda model, given: torch.func.vjp(model, given)[1](torch.ones_like(given[:, :2]))[0],
     "functional call": lambda model, given: torch.func.functional_call(
         model, {n: p * 2 for n, p in model.named_parameters()}, (given,)
     ),

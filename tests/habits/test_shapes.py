@@ -12,7 +12,7 @@ from alike import LAST, Seen, parameter, same, state, sum_of, train, x
 from networks import Three, mlp, why_not_here
 from torch import Tensor, nn
 
-from mpsrun.run import backend, discover
+from mpsrun.run import backend, in_place
 
 pytestmark = pytest.mark.usefixtures("workers")
 
@@ -176,7 +176,7 @@ class Collecting(Three):
 
 
 def test_network_that_is_compiled_in_every_call(nothing_kept: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(discover, "MOST_FRESH", 4)
+    monkeypatch.setattr(in_place, "MOST_FRESH", 4)
     models = []
 
     def script(model: nn.Module) -> Seen:

@@ -1,6 +1,7 @@
 """Training loops: each habit done plainly and on lanes, with the same result."""
 
 import copy
+import gc
 from typing import Any
 
 import pool
@@ -10,6 +11,7 @@ import torch
 from alike import LAST, Seen, parameter, same, state, sum_of, train, x
 from networks import Three
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from transparency import on_lanes
 
 from mpsrun.run.coordinator import Coordinator
@@ -130,6 +132,19 @@ def test_forwards_without_backward_leave_nothing(workers: Coordinator, nothing_k
     assert grown < 40 << 20
     assert len(workers._arena.chunks) == chunks
     assert workers._arena.in_use <= 4
+
+
+def test_looking_at_a_network_leaves_nothing(nothing_kept: None) -> None:
+    """What backward will need is read off fake tensors, which go away."""
+
+    def fakes() -> int:
+        gc.collect()
+        return sum(type(each) is FakeTensor and each.grad_fn is not None for each in gc.get_objects())
+
+    before = fakes()
+    train(on_lanes(Three().double(), 2), 2)
+    torch._dynamo.reset()
+    assert fakes() == before
 
 
 def test_training_leaves_nothing(workers: Coordinator, nothing_kept: None) -> None:

@@ -270,7 +270,7 @@ class TestLead:
             m.Started(10**6),
             m.Started(-1),
             m.Prepared(1, 10**9),
-            m.Counts(1, {}, {}),
+            m.Counts(1, {}, {}, 0, 0),
             m.Ready(1, 2**40, m.PROTOCOL),
             m.Ready(1, -1, m.PROTOCOL),
             m.Ready(1, 1, m.PROTOCOL + 1),

@@ -1,0 +1,130 @@
+"""A network whose call is compiled in place, and when its plain call is made instead.
+
+It is still the script's network: whoever reads it op by op must find what they would find in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch._C._dynamo import eval_frame
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from mpsrun import log
+from mpsrun.run import backend, report
+from mpsrun.run.state import transformed
+
+MOST_FRESH = 12  # calls in a row that may need another graph each, before a network is left alone
+RECOMPILE_LIMIT = 256  # train/eval, grad, frozen, autocast and batch sizes multiply
+
+
+def compile_in_place(module: nn.Module) -> None:
+    """Compile a module's call with this backend. Names in its `state_dict` do not change."""
+    if module.__dict__.get("_compiled_call_impl") is not None:
+        return
+    prepare_dynamo()
+    log.detail(f"compiling {type(module).__name__} in place")
+    module.compile(backend=backend.mpsrun)
+    ours = _Call(module)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if callable(get_eval_frame_callback()):  # a `torch.compile` of the script's is at work, and would look in here
+            return module._call_impl(*args, **kwargs)
+        return ours(*args, **kwargs)
+
+    hide(call)
+    module._compiled_call_impl = call  # a function: torch.jit.script would try to make sense of anything else
+
+
+class _Call:
+    """Calls a network compiled, or plain where the call is looked through or its inputs are odd.
+
+    A network of which nothing leaves the lead in training is given its plain call back, and so is one that Dynamo
+    compiles anew in every call, for instance since it collects its losses in a list.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._compiled: Callable[..., Any] = module._compiled_call_impl  # type: ignore[assignment]
+        self._decided = False
+        self._fresh = 0
+        self._told: set[str] = set()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if looked_through() or self._odd(*args, *kwargs.values()):
+            return self._module._call_impl(*args, **kwargs)
+        entered, known = backend.Graph.entered, len(report.graphs)
+        result = self._compiled(*args, **kwargs)
+        self._fresh = self._fresh + 1 if len(report.graphs) > known else 0
+        if self._fresh == MOST_FRESH:
+            self._give_up("Dynamo compiles it anew in every call")
+        elif not self._decided and torch.is_grad_enabled():
+            self._decided = True
+            if backend.Graph.entered == entered:  # asked so, since networks of one kind share their graphs
+                self._give_up("nothing of it can use a lane")
+        return result
+
+    def _give_up(self, reason: str) -> None:
+        self._module._compiled_call_impl = None
+        log.detail(f"{type(self._module).__name__} runs plain: {reason}")
+
+    def _odd(self, *values: Any) -> bool:
+        """Whether an input is a tensor that Dynamo would give up on for good; says so once."""
+        for value in values:
+            if not isinstance(value, torch.Tensor):
+                continue
+            ordinary = type(value) in (torch.Tensor, nn.Parameter)
+            if ordinary and value.layout is torch.strided and not value.is_nested:
+                continue
+            kind = str(value.layout).removeprefix("torch.") if ordinary else type(value).__name__
+            if kind not in self._told:
+                self._told.add(kind)
+                log.detail(f"{type(self._module).__name__} runs plain for inputs that are {kind} tensors")
+            return True
+        return False
+
+
+def looked_through() -> bool:
+    """Whether somebody follows the ops of this call one by one, and so must meet the plain call.
+
+    That is a tracer, an exporter, a transform of torch.func, a mode of the script's, or its hook on all modules.
+    Dynamo would not notice that such a hook has come, and take a mode's answer to one op for that to another.
+    """
+    return (
+        _has_any_global_hook()
+        or torch.jit.is_tracing()
+        or transformed()
+        or is_fx_symbolic_tracing()
+        or is_in_torch_dispatch_mode()
+        or any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+    )
+
+
+def hide(function: Callable[..., Any]) -> None:
+    """A `torch.compile` of the script's sees what this function calls, but not the function itself."""
+    skip, default = eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT
+    eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, default))
+
+
+def prepare_dynamo() -> None:
+    """Settings without which Dynamo would give up on ordinary training scripts."""
+    import torch._dynamo.config as dynamo
+
+    if "TORCH_LOGS" not in os.environ:
+        logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # the script did not ask for a compiler
+    dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)
+    dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 4 * RECOMPILE_LIMIT)
+    dynamo.allow_rnn = True
+    dynamo.allow_unspec_int_on_nn_module = True  # else a network that counts its steps is compiled for each of them
+    dynamo.skip_nnmodule_hook_guards = False
+    dynamo.suppress_errors = True  # what Dynamo cannot handle runs plain, frame by frame
