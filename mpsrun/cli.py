@@ -22,11 +22,15 @@ Runs a PyTorch training script with the independent branches of its network at t
 Options before the script are mpsrun's; everything after it is the script's.
 
   --workers N|auto             worker processes (default auto: at most 3, one core left to the script)
-  --lanes auto|serial|workers  where branches run; workers forces every legal one out of the script's process
+  --lanes auto|serial|streams|workers
+                               where branches run: auto measures; the others force every branch that may leave the
+                               script's own stream to side streams or to worker processes, or none
   --mps auto|on|off            CUDA MPS: start or join a daemon, insist on it, or do without
   --capture auto|off           compile the script's networks in place, or only what asks for backend="mpsrun"
   --log-dir DIR                keep the workers' logs there
   --timeout SECONDS            the watchdog of every wait for a worker (default 30)
+  --plan FILE                  follow the plan in this file instead of tuning
+  --save-plan FILE             write the plan that each network ends up with
   --verify N                   compute the first N steps on lanes plainly, too; stop with status 4 where they differ
   --strict                     raise a worker's error in the script instead of computing its branch there
   --verbose                    say what was found, refused and why
@@ -181,14 +185,32 @@ def _path(name: str, value: str) -> Path:
     return Path(value).absolute()
 
 
+def _plan_file(name: str, value: str) -> Path:
+    path = Path(value).absolute()
+    if not value or not path.is_file():
+        raise UsageError(
+            f"expected {name} with a file that --save-plan wrote, found none at {value!r}; write one first"
+        )
+    return path
+
+
+def _path_of_a_file(name: str, value: str) -> Path:
+    path = Path(value).absolute()
+    if not value or path.is_dir() or not path.parent.is_dir():
+        raise UsageError(f"expected {name} with a file in a directory that is there, found {value!r}; name another")
+    return path
+
+
 _FIELDS = {"timeout": "timeout_s"}
 _OPTIONS: dict[str, Callable[[str, str], Any] | None] = {
     "workers": _workers,
-    "lanes": _choice("auto", "serial", "workers"),
+    "lanes": _choice("auto", "serial", "streams", "workers"),
     "mps": _choice("auto", "on", "off"),
     "capture": _choice("auto", "off"),
     "log_dir": _path,
     "timeout": _seconds,
+    "plan": _plan_file,
+    "save_plan": _path_of_a_file,
     "verify": _count,
     "strict": None,
     "verbose": None,

@@ -27,8 +27,8 @@ class Config:
     """What the user asked for, and where this run lives.
 
     workers: worker processes, None for auto. timeout_s: the watchdog of every wait. verify: calls on lanes that are
-    compared with plain PyTorch, by network and plan. run_dir: the private
-    directory of this run, None before the launcher made it and where there is no launcher.
+    compared with plain PyTorch, by network and plan. plan, save_plan: files to read plans from and to write them to.
+    run_dir: the private directory of this run, None before the launcher made it and where there is no launcher.
     """
 
     workers: int | None = None

@@ -96,7 +96,7 @@ def assert_executed(graph: report.Graph, forwards: int, backwards: int, forward_
     assert coordinator is not None
     counts = coordinator.counts()
     for index, region in enumerate(graph.regions):
-        for worker, job in ((w, j) for w, j in zip(region.lanes, region.jobs, strict=True) if w):
+        for worker, job in ((w, j) for w, j in zip(region.lanes, region.jobs, strict=True) if w > 0):
             found = counts[worker].forwards.get(job, 0), counts[worker].backwards.get(job, 0)
             assert found == (forwards, 0 if index in forward_only else backwards), (index, worker, job)
 

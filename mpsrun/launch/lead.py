@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from mpsrun import config
 from mpsrun.config import ENV_CONFIG, Config
+from mpsrun.errors import UsageError
 from mpsrun.launch import script
 from mpsrun.launch.family import tie_to_parent, welcome_signals
 from mpsrun.launch.on_import import after_import
@@ -27,6 +28,8 @@ def main(args: Sequence[str]) -> int:
 def _watch_for_networks(ours: Config) -> None:
     if ours.run_dir is not None:
         ours.capture_marker.touch()
+    if ours.plan is not None:
+        _check_plan()
     if ours.verify:
         from mpsrun.run import verify
 
@@ -41,3 +44,14 @@ def _watch_for_networks(ours: Config) -> None:
         if ours.strict:
             raise
         say(f"cannot watch for networks, so the script runs plain ({type(error).__name__}: {error})")
+
+
+def _check_plan() -> None:
+    """End the script with status 2 where the file that `--plan` names is not a plan."""
+    from mpsrun.run import plans
+
+    try:
+        plans.pins()
+    except UsageError as error:
+        say(str(error))
+        raise SystemExit(2) from None

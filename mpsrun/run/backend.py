@@ -103,6 +103,8 @@ class Graph:
 
     def _is_worth_a_try(self) -> bool:
         """Whether there is a plan that is not serial, were all workers there."""
+        if plans.pins() is not None:
+            return True
         workers = range(1, session.worker_count() + 1)
         if not all(candidate.plan.is_serial for candidate in self._planner.candidates(workers)):
             return True
@@ -117,8 +119,10 @@ class Graph:
             self._coordinator = session.coordinator(self._kind)
             if self._coordinator is None:
                 self.summary.note(session.why_none())
-        if self._coordinator is None and not self._planner.has_streams:
-            return
+        if self._coordinator is None:
+            if not self._planner.has_streams:
+                return
+            report.tell_at_exit()
         self._maker = Maker(self._gm, self._effects, self._regions, self._coordinator, self.summary)
         if config.current().verify:
             self._verification = Verification.of(self._gm, self._effects, self._kind)
@@ -205,7 +209,7 @@ class Graph:
         return result
 
     def _make_now(self, maker: Maker, special: Special, args: tuple[Any, ...]) -> None:
-        """Make the only variant; where lanes are forced, wait for the workers."""
+        """Make the only variant, and wait for the workers: it is forced or pinned, so that runs are alike."""
         (candidate,) = special.candidates
         for region in self._regions:
             choice = candidate.plan.regions.get(region.index)
@@ -213,11 +217,8 @@ class Graph:
                 self.summary.decline(region, choice.reason)
         variant = special.variants[0] = maker.make(candidate.plan, special.seen, args)
         plans.keep(plans.fingerprint(special.key), special.description, candidate.plan)
-        if (
-            self._options.forced
-            and self._coordinator is not None
-            and not self._coordinator.wait_ready(variant.crossings)
-        ):
+        owner = self._coordinator
+        if owner is not None and not owner.wait_ready(variant.crossings):
             log.say("the workers did not get ready in time; the network runs in the lead until they are")
 
 

@@ -49,14 +49,15 @@ def compile_in_place(module: nn.Module) -> None:
 class _Call:
     """Calls a network compiled, or plain where the call is looked through or its inputs are odd.
 
-    A network of which nothing leaves the lead in training is given its plain call back, and so is one that Dynamo
-    compiles anew in every call, for instance since it collects its losses in a list.
+    A network of which nothing leaves the lead in training, be it by tuning, is given its plain call back, and so is one
+    that Dynamo compiles anew in every call, for instance since it collects its losses in a list.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._compiled: Callable[..., Any] = module._compiled_call_impl  # type: ignore[assignment]
         self._decided = False
+        self._graphs: list[report.Graph] = []
         self._fresh = 0
         self._told: set[str] = set()
 
@@ -65,6 +66,7 @@ class _Call:
             return self._module._call_impl(*args, **kwargs)
         entered, known = backend.Graph.entered, len(report.graphs)
         result = self._compiled(*args, **kwargs)
+        self._graphs += report.graphs[known:]
         self._fresh = self._fresh + 1 if len(report.graphs) > known else 0
         if self._fresh == MOST_FRESH:
             self._give_up("Dynamo compiles it anew in every call")
@@ -72,6 +74,8 @@ class _Call:
             self._decided = True
             if backend.Graph.entered == entered:  # asked so, since networks of one kind share their graphs
                 self._give_up("nothing of it can use a lane")
+        elif self._graphs and all(graph.plain for graph in self._graphs):
+            self._give_up("nothing else is faster")
         return result
 
     def _give_up(self, reason: str) -> None:

@@ -51,17 +51,17 @@ def cache() -> PlanCache:
 
 def pinned(name: str, regions: Sequence[Region], workers: int, has_streams: bool) -> Plan | None:
     """The plan that `--plan` pins for the graph of this fingerprint; None, with one line why, where there is none."""
-    pins = _pins()
-    if pins is None:
+    known = pins()
+    if known is None:
         return None
     try:
-        plan = pins.plan_for(name)
+        plan = known.plan_for(name)
     except UsageError as error:
         log.say(f"{error}; it is tuned instead")
         return None
     reason = fits(plan, regions, workers, has_streams)
     if reason is not None:
-        log.say(f"{pins.source}: the plan of graph {name} cannot be followed: {reason}; it is tuned instead")
+        log.say(f"{known.source}: the plan of graph {name} cannot be followed: {reason}; it is tuned instead")
         return None
     return plan
 
@@ -88,11 +88,16 @@ def _write(pid: int) -> None:
 
 
 @functools.cache
-def _pins() -> PlanFile | None:
+def pins() -> PlanFile | None:
+    """The plans that `--plan` names; raises `UsageError` where they cannot be read."""
     path = config.current().plan
     if path is None:
         return None
-    return PlanFile.parse(path.read_text(), str(path))
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"expected a plan in {path}, found none: {error}; write one with --save-plan") from error
+    return PlanFile.parse(text, str(path))
 
 
 def _shape(arg: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +12,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from mpsrun import log
+from mpsrun import config, log
+from mpsrun.plan.lanes import is_worker, lane_name
 from mpsrun.run import names
 
 if TYPE_CHECKING:
@@ -78,6 +81,13 @@ class Graph:
 graphs: list[Graph] = []
 
 
+@functools.cache
+def tell_at_exit() -> None:
+    """Print the table when the process ends, which is the coordinator's to do where there is one."""
+    if config.current().verbose:
+        atexit.register(print_table, {})
+
+
 def print_table(counts: Mapping[int, Counts]) -> None:
     """Write to stderr which branch ran where, and how often its worker says that it did.
 
@@ -109,14 +119,14 @@ def _rows(alike: Sequence[RegionReport], counts: Mapping[int, Counts]) -> Iterat
         label = labels[i] if i < len(labels) else ""
         jobs = [region.jobs[i] for region in alike]
         told = counts.get(lane)
-        if lane == 0:
-            yield label, branch, "lead", _times([region.calls for region in alike]), ""
+        if not is_worker(lane):
+            yield label, branch, lane_name(lane), _times([region.calls for region in alike]), ""
         elif told is None:  # a worker that was lost takes its counts along
-            yield label, branch, f"worker {lane}", "?", "?"
+            yield label, branch, lane_name(lane), "?", "?"
         else:
             forward = _times([told.forwards.get(job, 0) for job in jobs])
             backward = _times([told.backwards.get(job, 0) for job in jobs])
-            yield label, branch, f"worker {lane}", forward, backward
+            yield label, branch, lane_name(lane), forward, backward
 
 
 def _times(counts: Sequence[int]) -> str:

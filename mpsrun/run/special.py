@@ -48,6 +48,7 @@ class Planner:
     ) -> None:
         self._gm, self._regions, self._kind, self._options = gm, regions, kind, options
         self._summary = summary
+        self._uses_lanes = False  # for any sizes
 
     @property
     def has_streams(self) -> bool:
@@ -106,7 +107,8 @@ class Planner:
     def _chosen(self, special: Special, chosen: int) -> None:
         plan = special.candidates[chosen].plan
         special.variants = {i: variant for i, variant in special.variants.items() if i == chosen}
-        self._summary.plain = plan.is_serial
+        self._uses_lanes = self._uses_lanes or not plan.is_serial
+        self._summary.plain = not self._uses_lanes
         plans.keep(plans.fingerprint(special.key), special.description, plan)
 
     def _cache(self, special: Special, chosen: int) -> None:

@@ -1,0 +1,186 @@
+"""Which plan a graph runs under: forced, pinned, kept from an earlier run, or tuned on the script's own steps."""
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pool
+import pytest
+import torch
+from networks import SMALL, Three
+from torch import nn
+from transparency import TOLERANCE, Trained, assert_same, assert_transparent, trained
+
+from mpsrun import config
+from mpsrun.plan import cost, tuner
+from mpsrun.plan.planfile import PlanFile
+from mpsrun.run import backend, plans, report
+from mpsrun.run import tuning as tuning_module
+from mpsrun.run.coordinator import Coordinator
+from mpsrun.run.stepclock import StepClock
+
+MOST_STEPS = tuner.MAX_STEPS + 30  # until the workers are ready a script runs plainly
+
+
+def compiled(model: nn.Module, **options: Any) -> nn.Module:
+    model.compile(backend=backend.mpsrun, options=options)
+    return model
+
+
+@pytest.fixture
+def tuned(workers: Coordinator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Coordinator]:
+    """A CPU on which lanes may pay, a cache of the test's own, and lanes that are not forced."""
+    machine = dataclasses.replace(cost.MACHINES["cpu"], cores_shared=False, crossing_us=1.0)
+    monkeypatch.setitem(cost.MACHINES, "cpu", machine)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    settings = dataclasses.replace(workers.settings, lanes="auto", save_plan=tmp_path / "plan.txt")
+    monkeypatch.setattr(config, "current", lambda: settings)
+    monkeypatch.setattr(plans, "_saved", PlanFile())
+    monkeypatch.setattr(tuning_module, "_tuning", None)
+    report.graphs.clear()
+    plans.cache.cache_clear()
+    plans.pins.cache_clear()
+    yield workers
+    plans.cache.cache_clear()
+    plans.pins.cache_clear()
+
+
+class Timed:
+    """A clock by which each candidate takes as long as the test says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, us: dict[str, float]) -> None:
+        self.names: list[str] = []
+        self.us = us
+        monkeypatch.setattr(StepClock, "periods", self._periods())
+
+    def _periods(self) -> Any:
+        timed, real = self, StepClock.periods
+
+        def periods(clock: StepClock) -> list[tuple[int, float]]:
+            found = real(clock)
+            names = [candidate.name for candidate in tuning_module._tuning.candidates]  # type: ignore[union-attr]
+            timed.names += [names[index] for index, _ in found]
+            return [(i, timed.us.get(names[i], 1000.0) + 0.1 * k) for k, (i, _) in enumerate(found)]
+
+        return periods
+
+
+def train(sides: tuple[Trained, Trained], steps: int) -> None:
+    """Train plainly and tuned; nothing may differ, whatever is tried."""
+    for step in range(steps):
+        x = torch.randn(5, 6, dtype=torch.float64)
+        wanted, found = (side.step((x,), step) for side in sides)
+        assert_same(found, wanted, f"step {step}", TOLERANCE)
+
+
+def both(workers: int = 2) -> tuple[Trained, Trained]:
+    plain = Three().double()
+    return trained(plain), trained(compiled(copy.deepcopy(plain), lanes="auto", workers=workers))
+
+
+def until_decided(sides: tuple[Trained, Trained]) -> tuple[str, str]:
+    """Train until there is a decision; the plan that was kept, and what is said about it."""
+    for _ in range(MOST_STEPS):
+        train(sides, 1)
+        if plans._saved.graphs:
+            (kept,) = plans._saved.graphs.values()
+            return str(kept.plan), kept.description
+        pool.settle(pool.current())  # type: ignore[arg-type]
+    raise AssertionError(f"no decision within {MOST_STEPS} steps")
+
+
+def test_the_fastest_is_kept(tuned: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Timed(monkeypatch, {"serial": 1000.0, "workers, 3 lanes": 500.0})
+    sides = both()
+    plan, description = until_decided(sides)
+    assert "worker 1" in plan
+    assert "worker 2" in plan
+    assert description == "training of 5x6"
+    assert len(clock.names) <= tuner.MAX_STEPS
+    before = report.graphs[0].calls
+    train(sides, 4)
+    assert report.graphs[0].calls == before + 4
+
+
+def test_serial_where_nothing_pays(tuned: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+    Timed(monkeypatch, {"serial": 500.0})
+    sides = both()
+    plan, _ = until_decided(sides)
+    assert "worker" not in plan
+    before = report.graphs[0].calls
+    train(sides, 4)
+    assert report.graphs[0].calls == before
+    assert report.graphs[0].plain
+
+
+def test_the_next_run_knows(tuned: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Timed(monkeypatch, {"serial": 1000.0, "workers, 3 lanes": 500.0})
+    plan, _ = until_decided(both())
+    monkeypatch.setattr(plans, "_saved", PlanFile())
+    torch._dynamo.reset()
+    clock.names.clear()
+    sides = both()
+    train(sides, 1)
+    (kept,) = plans._saved.graphs.values()
+    assert (str(kept.plan), clock.names) == (plan, [])
+
+
+def test_a_pinned_plan_is_followed(tuned: Coordinator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    Timed(monkeypatch, {"serial": 1000.0, "workers, 3 lanes": 500.0})
+    until_decided(both())
+    path = tmp_path / "pinned.txt"
+    path.write_text(str(plans._saved).replace("worker 1", "worker 3"))
+    settings = dataclasses.replace(config.current(), plan=path)
+    monkeypatch.setattr(config, "current", lambda: settings)
+    plans.pins.cache_clear()
+    torch._dynamo.reset()
+    report.graphs.clear()
+    train(both(3), 4)
+    assert [region.calls for region in report.graphs[0].regions] == [3]
+    assert {lane for region in report.graphs[0].regions for lane in region.lanes} == {0, 2, 3}
+
+
+def test_a_plan_for_another_network(
+    tuned: Coordinator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "other.txt"
+    path.write_text("# mpsrun plan 1\n\ngraph 0123456789abcdef  another\nregion 0: lead | worker 1\n")
+    settings = dataclasses.replace(config.current(), plan=path)
+    monkeypatch.setattr(config, "current", lambda: settings)
+    plans.pins.cache_clear()
+    train(both(), 3)
+    assert "expected a plan for graph" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name, case in SMALL.items() if case.regions])
+def test_side_streams(workers: Coordinator, name: str) -> None:
+    """On a CPU they are all one; what is left is the way to them and back."""
+    case = SMALL[name]
+    torch.manual_seed(0)
+    plain = trained(case.model().double())
+    fast = trained(compiled(copy.deepcopy(plain.model), lanes="streams"))
+    report.graphs.clear()
+    with torch._dynamo.config.patch(allow_rnn=True):
+        for step in range(3):
+            inputs = tuple(x.double() if x.is_floating_point() else x for x in case.inputs())
+            assert_same(fast.step(inputs, step), plain.step(inputs, step), f"step {step}", TOLERANCE)
+    (graph,) = report.graphs
+    assert graph.calls == 2
+    assert any(lane < 0 for region in graph.regions for lane in region.lanes)
+
+
+def test_streams_and_workers_in_one_region(workers: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mpsrun.plan import candidates
+
+    def mixed(_planner: object, region: Any) -> Any:
+        lanes = [(0, 1, -1, 2, -2)[i % 5] for i in range(len(region.branches))]
+        free = [0 if branch.pinned else lane for branch, lane in zip(region.branches, lanes, strict=True)]
+        return candidates.Assignment(tuple(free))
+
+    monkeypatch.setattr(candidates._Planner, "forced", mixed)
+    for name in ("pathnet", "googlenet"):
+        case = SMALL[name]
+        assert_transparent(case.model, case.inputs, 4, case.regions)
+        torch._dynamo.reset()
