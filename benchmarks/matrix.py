@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.cases import Case
 from benchmarks.engines import AUTO, FORCED
 from benchmarks.steps import Stepper, device, spread
-from mpsrun.run import report
+from mpsrun.run import report, session
 
 Cells = dict[str, dict[str, Any]]
 
@@ -35,7 +35,8 @@ def measure(case: Case, engines: Sequence[str], repeats: int, steps: int, compar
         forget()
     narrow = "tf32" if device() == "cuda" else "fp32"
     row = {"network": case.network, "batch": case.batch, "dtype": "bf16" if case.of.bf16 else narrow}
-    return row | {"engines": cells} | judge(cells)
+    lost = lost_workers()
+    return row | {"engines": cells} | judge(cells) | ({"lost": lost} if lost else {})
 
 
 def time_engines(case: Case, model: nn.Module, cells: Cells, repeats: int, steps: int) -> None:
@@ -105,6 +106,13 @@ def judge(cells: Cells) -> dict[str, float]:
     if AUTO in medians and forced:
         found["regret"] = round(medians[AUTO] / min(forced) - 1, 4)
     return found
+
+
+def lost_workers() -> list[str]:
+    """The workers that failed, with the reasons; what is measured without them is not what it says."""
+    owner = session.current()
+    links = owner.links if owner is not None else []
+    return [f"worker {link.index} was lost: {link.lost}" for link in links if link.lost is not None]
 
 
 def forget() -> None:

@@ -110,6 +110,8 @@ def _missing(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     for row in rows:
         if "skipped" in row:
             yield f"- {_name(row)}: {row['skipped']}"
+        for reason in row.get("lost", []):
+            yield f"- {_name(row)}: {reason}"
         for engine, cell in row.get("engines", {}).items():
             if "failed" in cell:
                 yield f"- {_name(row)}, {engine}: {cell['failed']}"
