@@ -1,9 +1,10 @@
-"""Networks with independent branches, small enough to read: GoogLeNet, towers, PathNet."""
+"""Networks with independent branches, small enough to read: GoogLeNet, towers, PathNet, encoders, ensembles."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 
 def conv(channels: int, out: int, kernel: int, stride: int = 1) -> nn.Sequential:
@@ -112,3 +113,106 @@ class PathNet(nn.Module):
             for output in outputs[1:]:
                 x = x + output
         return self.head(x.mean((2, 3)))
+
+
+class Residual(nn.Module):
+    """Two convolutions beside a shortcut (He et al., arXiv 1512.03385)."""
+
+    def __init__(self, channels: int, out: int, stride: int = 1) -> None:
+        super().__init__()
+        self.first = conv(channels, out, 3, stride)
+        self.second = nn.Sequential(nn.Conv2d(out, out, 3, padding=1, bias=False), nn.BatchNorm2d(out))
+        same = stride == 1 and channels == out
+        self.shortcut = nn.Identity() if same else nn.Conv2d(channels, out, 1, stride, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.relu(self.second(self.first(x)) + self.shortcut(x))
+
+
+class ImageEncoder(nn.Sequential):
+    """A small ResNet: images of shape (N, 3, H, W) to vectors of shape (N, size)."""
+
+    def __init__(self, size: int, width: int = 64, blocks: int = 3) -> None:
+        layers: list[nn.Module] = [conv(3, width, 3, 2)]
+        channels = width
+        for stage in range(4):
+            for block in range(blocks):
+                out = width * 2**stage
+                layers.append(Residual(channels, out, 2 if stage and not block else 1))
+                channels = out
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, size))
+
+
+class TextEncoder(nn.Module):
+    """A transformer: tokens of shape (N, length), integers below `words`, to vectors of shape (N, size)."""
+
+    def __init__(self, size: int, words: int, length: int, width: int = 512, layers: int = 6) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(words, width)
+        self.position = nn.Parameter(0.02 * torch.randn(length, width))
+
+        def layer() -> nn.Module:
+            return nn.TransformerEncoderLayer(width, 8, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+
+        self.layers = nn.Sequential(*(layer() for _ in range(layers)))
+        self.head = nn.Linear(width, size)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layers(self.embed(tokens) + self.position).mean(1))
+
+
+class TwoTowers(nn.Module):
+    """An encoder for images beside one for text, trained to agree on pairs (Radford et al., arXiv 2103.00020)."""
+
+    def __init__(self, size: int = 256, words: int = 8192, length: int = 64) -> None:
+        super().__init__()
+        self.image = ImageEncoder(size)
+        self.text = TextEncoder(size, words, length)
+
+    def forward(self, images: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        image, text = self.image(images), self.text(tokens)
+        return functional.normalize(image, dim=-1), functional.normalize(text, dim=-1)
+
+
+def contrastive_loss(outputs: tuple[torch.Tensor, torch.Tensor], temperature: float = 0.07) -> torch.Tensor:
+    """Cross-entropy of finding each image's text in the batch, and each text's image."""
+    image, text = (output.float() for output in outputs)
+    scores = image @ text.T / temperature
+    pairs = torch.arange(len(scores), device=scores.device)
+    return (functional.cross_entropy(scores, pairs) + functional.cross_entropy(scores.T, pairs)) / 2
+
+
+class Ensemble(nn.Module):
+    """Convolutional networks of different widths whose logits are averaged."""
+
+    def __init__(self, widths: tuple[int, ...] = (32, 40, 48, 64), depth: int = 5, classes: int = 100) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(self._member(width, depth, classes) for width in widths)
+
+    @staticmethod
+    def _member(width: int, depth: int, classes: int) -> nn.Module:
+        layers: list[nn.Module] = [conv(3, width, 3)]
+        for stage in range(3):
+            layers += [conv(width, width, 3, 2 if stage and not i else 1) for i in range(depth)]
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([member(x) for member in self.members]).mean(0)
+
+
+class Wide(nn.Module):
+    """Two branches of element-wise ops on large tensors: side by side they only compete for the cache of the GPU."""
+
+    def __init__(self, width: int = 2**20, adds: int = 6) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(width))
+        self.left = nn.ParameterList(torch.randn(width) for _ in range(adds))
+        self.right = nn.ParameterList(torch.randn(width) for _ in range(adds))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left = right = x * self.gain
+        for shift in self.left:
+            left = left + shift
+        for shift in self.right:
+            right = right + shift
+        return left * right

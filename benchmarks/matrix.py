@@ -1,0 +1,148 @@
+"""One row of the matrix: every engine on one network and batch, in turns, and what each of them computes."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+
+from benchmarks.cases import Case
+from benchmarks.engines import AUTO, FORCED
+from benchmarks.steps import Stepper, device, spread
+from mpsrun.run import report, session
+
+Cells = dict[str, dict[str, Any]]
+
+# Engines compile the same code, and each of them counts towards Dynamo's limit: beyond it a network would silently
+# run eagerly.
+DYNAMO = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
+
+
+def measure(case: Case, engines: Sequence[str], repeats: int, steps: int, compared: Sequence[str]) -> dict[str, Any]:
+    """Time all engines and compare the results of some; an engine that fails has the reason instead."""
+    torch.manual_seed(0)
+    model = case.of.make()
+    cells: Cells = {engine: {} for engine in engines}
+    with torch._dynamo.config.patch(DYNAMO):
+        time_engines(case, model, cells, repeats, steps)
+        forget()
+        compare(case, model, {engine: cells[engine] for engine in engines if engine in compared})
+        forget()
+    narrow = "tf32" if device() == "cuda" else "fp32"
+    row = {"network": case.network, "batch": case.batch, "dtype": "bf16" if case.of.bf16 else narrow}
+    lost = lost_workers()
+    return row | {"engines": cells} | judge(cells) | ({"lost": lost} if lost else {})
+
+
+def time_engines(case: Case, model: nn.Module, cells: Cells, repeats: int, steps: int) -> None:
+    """Fill in milliseconds a step; engines take turns, so that a drift of the machine meets all of them alike."""
+    steppers: dict[str, Stepper] = {}
+    for engine, cell in cells.items():
+        with _failing_into(cell):
+            steppers[engine] = _set_up(case, model, engine, cell)
+    times: dict[str, list[float]] = {engine: [] for engine in steppers}
+    for _ in range(repeats):
+        for engine in [*steppers]:
+            with _failing_into(cells[engine]):
+                times[engine].append(steppers[engine].time_steps(steps))
+            if "failed" in cells[engine]:
+                del steppers[engine]
+    for engine in steppers:
+        cells[engine]["ms"] = spread(times[engine])
+        set_up = cells[engine]["set-up"]
+        set_up["extra s"] = round(set_up["s"] - set_up["steps"] * cells[engine]["ms"][0] / 1e3, 2)
+
+
+def _set_up(case: Case, model: nn.Module, engine: str, cell: dict[str, Any]) -> Stepper:
+    known = len(report.graphs)
+    stepper = Stepper(case, model, engine)
+    cell["set-up"] = {"s": round(stepper.warm_up(), 2), "steps": stepper.warm_up_steps}
+    if engine in FORCED:
+        ran = [region for graph in report.graphs[known:] for region in graph.regions if region.calls]
+        cell["regions on lanes"] = len(ran)
+    return stepper
+
+
+def compare(case: Case, model: nn.Module, cells: Cells) -> None:
+    """Fill in how far loss and gradients are from eager's, with TF32 off and the same algorithms of cuDNN."""
+    with _exact():
+        plain = _results(case, model, "eager")
+        for engine, cell in cells.items():
+            if engine != "eager" and "failed" not in cell:
+                with _failing_into(cell):
+                    cell["deviation"] = deviation(plain, _results(case, model, engine))
+
+
+def _results(case: Case, model: nn.Module, engine: str) -> list[Tensor]:
+    """The loss and all gradients of one step after the warm-up, from the same parameters and buffers."""
+    stepper = Stepper(case, model, engine)
+    stepper.warm_up()
+    stepper.model.load_state_dict(model.state_dict())
+    loss = stepper.step()
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for p in stepper.model.parameters()]
+    return [loss, *gradients]
+
+
+def deviation(plain: Sequence[Tensor], other: Sequence[Tensor]) -> dict[str, float]:
+    """Relative differences of the loss and of all gradients together (in the norm)."""
+    loss = (abs(plain[0] - other[0]) / abs(plain[0])).item()
+    difference = torch.stack([(a - b).norm() for a, b in zip(plain[1:], other[1:], strict=True)]).norm()
+    total = torch.stack([a.norm() for a in plain[1:]]).norm()
+    return {"loss": loss, "gradients": (difference / total).item()}
+
+
+def judge(cells: Cells) -> dict[str, float]:
+    """What mpsrun's choice gains over eager, and what it loses against the best of its forced lanes (its regret)."""
+    medians = {engine: cell["ms"][0] for engine, cell in cells.items() if "ms" in cell and "failed" not in cell}
+    found: dict[str, float] = {}
+    if AUTO in medians and "eager" in medians:
+        found["speed-up"] = round(medians["eager"] / medians[AUTO], 3)
+    forced = [medians[engine] for engine in FORCED if engine in medians]
+    if AUTO in medians and forced:
+        found["regret"] = round(medians[AUTO] / min(forced) - 1, 4)
+    return found
+
+
+def lost_workers() -> list[str]:
+    """The workers that failed, with the reasons; what is measured without them is not what it says."""
+    owner = session.current()
+    links = owner.links if owner is not None else []
+    return [f"worker {link.index} was lost: {link.lost}" for link in links if link.lost is not None]
+
+
+def forget() -> None:
+    """Give back what compiled networks and dead tensors hold."""
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _failing_into(cell: dict[str, Any]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - that an engine fails is a result
+        cause = getattr(error, "inner_exception", error)  # what Dynamo wraps
+        lines = str(cause).strip().splitlines() or [""]
+        cell["failed"] = f"{type(cause).__name__}: {lines[0]}"[:200]
+
+
+@contextlib.contextmanager
+def _exact() -> Iterator[None]:
+    """TF32 off, and no search for cuDNN's algorithms, which would find another one for each engine."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    settings = ((matmul, "allow_tf32"), (cudnn, "allow_tf32"), (cudnn, "benchmark"))
+    before = [getattr(owner, name) for owner, name in settings]
+    for owner, name in settings:
+        setattr(owner, name, False)
+    try:
+        yield
+    finally:
+        for (owner, name), value in zip(settings, before, strict=True):
+            setattr(owner, name, value)

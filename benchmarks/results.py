@@ -1,0 +1,96 @@
+"""The figures on disk: rows, parts, and the runs that they come from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpsrun import config
+
+ROOT = Path(__file__).parents[1]
+FIGURES = "ms: median, minimum, maximum of the repeats; deviation: relative to eager; run: index of runs"
+
+
+@dataclass
+class Results:
+    """All figures of one file.
+
+    runs: machine, versions and commit, once for each. rows: one for a network and batch. parts: what a step is made of.
+    """
+
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    parts: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: Path | None) -> Results:
+        """What the file holds; nothing where there is no file."""
+        if path is None or not path.exists():
+            return cls()
+        document = json.loads(path.read_text())
+        return cls(document["runs"], document["rows"], document["parts"])
+
+    def write(self, path: Path) -> None:
+        """Replace the file, so that a run which is stopped leaves the old or the new one."""
+        beside = path.with_suffix(".new")
+        beside.write_text(json.dumps({"figures": FIGURES} | asdict(self), indent=1) + "\n")
+        beside.replace(path)
+
+    def has(self, network: str, batch: int) -> bool:
+        """Whether this row was measured."""
+        return any((row["network"], row["batch"]) == (network, batch) and "engines" in row for row in self.rows)
+
+    def put_row(self, row: dict[str, Any], run: dict[str, Any]) -> None:
+        """Add a row, or replace the one of the same network and batch."""
+        _put(self.rows, row | {"run": self._number(run)}, ("network", "batch"))
+
+    def put_part(self, part: dict[str, Any], run: dict[str, Any]) -> None:
+        """Add a part, or replace the one of the same name."""
+        _put(self.parts, part | {"run": self._number(run)}, ("part",))
+
+    def _number(self, run: dict[str, Any]) -> int:
+        if run not in self.runs:
+            self.runs.append(run)
+        return self.runs.index(run)
+
+
+def _put(rows: list[dict[str, Any]], new: dict[str, Any], key: tuple[str, ...]) -> None:
+    for i, row in enumerate(rows):
+        if all(row[name] == new[name] for name in key):
+            rows[i] = new
+            return
+    rows.append(new)
+
+
+def this_run() -> dict[str, Any]:
+    """Machine, versions and commit."""
+    found: dict[str, Any] = {"machine": platform.machine(), "cpu cores": config.available_cores()}
+    if torch.cuda.is_available():
+        import pynvml
+
+        pynvml.nvmlInit()
+        found |= {"gpu": torch.cuda.get_device_name(), "driver": pynvml.nvmlSystemGetDriverVersion()}
+    found["python"] = platform.python_version()
+    for package in ("torch", "torchvision", "timm", "mpsrun"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # a checkout on PYTHONPATH, or a package that is not there
+    return found | {"workers": config.current().worker_count(), "commit": commit()}
+
+
+def commit() -> str:
+    """The commit of the checkout; MPSRUN_COMMIT where the files travelled without their history."""
+    if told := os.environ.get("MPSRUN_COMMIT"):
+        return told
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=30, check=False)
+    return done.stdout.strip() or "unknown"
