@@ -1,0 +1,97 @@
+"""Side streams on a GPU: same results as plain PyTorch, whatever is slow and whatever memory is used again."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from networks import SMALL, Three, why_not_here
+from torch import Tensor, nn
+from transparency import assert_same, trained
+
+from mpsrun.run import report
+from mpsrun.run.backend import mpsrun
+from mpsrun.run.streams import CudaSides
+
+pytestmark = pytest.mark.gpu
+LONG = 20_000_000  # cycles of the GPU: some 10 ms
+EXACT = {"rtol": 1e-9, "atol": 1e-11}
+
+
+@pytest.fixture(autouse=True)
+def _deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    report.graphs.clear()
+
+
+def on_streams(model: nn.Module) -> nn.Module:
+    model.compile(backend=mpsrun, options={"lanes": "streams"})
+    return model
+
+
+def moved(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to("cuda", torch.float64) if value.is_floating_point() else value.to("cuda")
+
+
+@pytest.fixture(params=["as it is", "slow sides"])
+def sides(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Side streams that start late would show a main stream that does not wait."""
+    use = CudaSides.use
+
+    def late(self: CudaSides, lane: int) -> None:
+        use(self, lane)
+        if lane:
+            torch.cuda._sleep(LONG)
+
+    if request.param == "slow sides":
+        monkeypatch.setattr(CudaSides, "use", late)
+
+
+@pytest.mark.parametrize("name", [name for name, case in SMALL.items() if case.regions])
+def test_small_networks(daemon: None, sides: None, name: str) -> None:
+    if reason := why_not_here(name):
+        pytest.skip(reason)
+    case = SMALL[name]
+    torch.manual_seed(0)
+    plain = trained(case.model().to("cuda", torch.float64))
+    fast = trained(on_streams(copy.deepcopy(plain.model)))
+    with torch._dynamo.config.patch(allow_rnn=True):
+        for step in range(4):
+            inputs = tuple(moved(x) for x in case.inputs())
+            assert_same(fast.step(inputs, step), plain.step(inputs, step), f"step {step}", EXACT)
+    (graph,) = report.graphs
+    assert graph.calls == 3
+    assert any(lane < 0 for region in graph.regions for lane in region.lanes)
+
+
+def test_memory_that_is_used_again(daemon: None, sides: None) -> None:
+    """Evaluation frees every intermediate at once, and other sizes take its memory."""
+    torch.manual_seed(0)
+    plain = Three(512).to("cuda", torch.float64)
+    fast = on_streams(copy.deepcopy(plain))
+    for step in range(30):
+        x = torch.randn(64 + step % 3, 6, dtype=torch.float64, device="cuda")
+        with torch.set_grad_enabled(step % 4 == 0):
+            found, wanted = fast(x), plain(x)
+        noise = [torch.full((256, 512), torch.nan, device="cuda") for _ in range(4)]  # takes what was given back
+        torch.testing.assert_close(found, wanted, **EXACT)
+        if step % 4 == 0:
+            for model, output in ((fast, found), (plain, wanted)):
+                model.zero_grad()
+                output.square().sum().backward()
+            for p, q in zip(fast.parameters(), plain.parameters(), strict=True):
+                torch.testing.assert_close(p.grad, q.grad, **EXACT)
+        del noise
+
+
+def test_an_error_leaves_the_main_stream(daemon: None) -> None:
+    fast = on_streams(Three(64).to("cuda"))
+    x = torch.randn(5, 6, device="cuda")
+    before = torch.cuda.current_stream()
+    for _ in range(3):
+        fast(x).sum().backward()
+    with pytest.raises(RuntimeError):
+        fast(torch.randn(5, 7, device="cuda"))
+    assert torch.cuda.current_stream() == before
