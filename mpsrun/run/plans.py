@@ -30,7 +30,7 @@ def key_of(gm: fx.GraphModule, args: Sequence[Any], kind: str, workers: int) -> 
         graph=_digest(gm.code),
         shapes=_digest(repr((shapes, modes.ambient(kind)))),
         device=torch.cuda.get_device_name() if kind == "cuda" else kind,
-        driver=str(torch._C._cuda_getDriverVersion()) if kind == "cuda" else "",  # type: ignore[attr-defined]
+        driver=str(torch.version.cuda) if kind == "cuda" else "",
         torch=str(torch.__version__),
         mpsrun=__version__,
         workers=workers,
