@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-SAME, DIFFERS, CRASH, TIME_OUT, PLAIN_FAILS = "same", "DIFFERS", "CRASH", "TIME-OUT", "plain fails"
+SAME, CHAOTIC, DIFFERS, CRASH, TIME_OUT = "same", "chaotic", "DIFFERS", "CRASH", "TIME-OUT"
+PLAIN_FAILS = "plain fails"
 BAD = (DIFFERS, CRASH, TIME_OUT)
 
 
