@@ -16,6 +16,8 @@ from mpsrun.run.in_place import compile_in_place
 Seen = dict[str, Any]
 Script = Callable[[nn.Module], Seen]
 FIRST, LAST = "paths.0.0.weight", "paths.2.0.weight"  # of three branches, one of these two is a worker's
+# The gradient of a bias before a BatchNorm is nothing but rounding, which Adam and its like would scale up to a step.
+EPS = 1e-3
 where = "cpu"  # the device of models and data; tests on a GPU set it
 
 

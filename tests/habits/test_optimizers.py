@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from alike import Seen, gradients, same, state, sum_of, train, x
+from alike import EPS, Seen, gradients, same, state, sum_of, train, x
 from torch import Tensor, nn
 from torch.optim import swa_utils
 
@@ -15,10 +15,10 @@ Make = Callable[[Any], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Make] = {
     "SGD, foreach": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, nesterov=True, foreach=True),
     "SGD, fused": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=0.01, fused=True),
-    "Adam, foreach": lambda p: torch.optim.Adam(p, 0.01, amsgrad=True, foreach=True),
-    "AdamW, fused": lambda p: torch.optim.AdamW(p, 0.01, fused=True),
-    "Adagrad, one by one": lambda p: torch.optim.Adagrad(p, 0.05, foreach=False),
-    "RMSprop, maximize": lambda p: torch.optim.RMSprop(p, 0.001, centered=True, maximize=True),
+    "Adam, foreach": lambda p: torch.optim.Adam(p, 0.01, eps=EPS, amsgrad=True, foreach=True),
+    "AdamW, fused": lambda p: torch.optim.AdamW(p, 0.01, eps=EPS, fused=True),
+    "Adagrad, one by one": lambda p: torch.optim.Adagrad(p, 0.05, eps=EPS, foreach=False),
+    "RMSprop, maximize": lambda p: torch.optim.RMSprop(p, 0.001, eps=EPS, centered=True, maximize=True),
 }
 
 
@@ -64,7 +64,7 @@ def test_groups_and_schedule() -> None:
             {"params": [p for p in rest if p.ndim > 1], "weight_decay": 0.1},
             {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=0.02)
+        optimizer = torch.optim.AdamW(groups, lr=0.02, eps=EPS)
         warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=2)
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
         schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm_up, cosine], [2])

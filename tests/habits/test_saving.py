@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from alike import Seen, executed, same, state, train, warm_up, x
+from alike import EPS, Seen, executed, same, state, train, warm_up, x
 from networks import Inception, Three, images
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -42,7 +42,7 @@ def test_training_goes_on_from_a_checkpoint(direction: str) -> None:
     def begin() -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(3)
         model = Three().double()
-        return model, torch.optim.Adam(model.parameters(), 0.01)
+        return model, torch.optim.Adam(model.parameters(), 0.01, eps=EPS)
 
     whole, of_whole = begin()
     wanted = train(whole, 8, optimizer=of_whole)
@@ -57,7 +57,7 @@ def test_training_goes_on_from_a_checkpoint(direction: str) -> None:
         compile_in_place(model)
     checkpoint = torch.load(file)
     model.load_state_dict(checkpoint["model"])
-    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01, eps=EPS)
     optimizer.load_state_dict(checkpoint["optimizer"])
     losses += train(model, 4, start=4, optimizer=optimizer)
     torch.testing.assert_close(torch.stack(losses), torch.stack(wanted), **TOLERANCE)

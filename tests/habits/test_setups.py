@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from alike import Seen, same, state, sum_of, x
+from alike import EPS, Seen, same, state, sum_of, x
 from networks import Three
 from torch import Tensor, nn
 
@@ -102,7 +102,7 @@ class Contrast(nn.Module):
 
 def test_contrastive() -> None:
     def script(model: nn.Module) -> Seen:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, eps=EPS)
         losses = []
         for i in range(4):
             optimizer.zero_grad()
