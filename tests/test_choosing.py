@@ -184,3 +184,14 @@ def test_streams_and_workers_in_one_region(workers: Coordinator, monkeypatch: py
         case = SMALL[name]
         assert_transparent(case.model, case.inputs, 4, case.regions)
         torch._dynamo.reset()
+
+
+def test_what_cannot_be_planned_for_still_trains(
+    tuned: Coordinator, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("a fault of mpsrun's own")
+
+    monkeypatch.setattr(plans, "key_of", broken)
+    train(both(), 3)
+    assert "could not be planned for" in capfd.readouterr().err

@@ -68,10 +68,8 @@ class Graph:
         if options.lanes != "serial":
             try:
                 self._look(gm)
-            except Exception as error:  # a network that cannot be analysed still trains
-                if config.current().strict:
-                    raise
-                log.say(f"a network could not be analysed, it runs in the lead ({type(error).__name__}: {error})")
+            except Exception as error:  # noqa: BLE001 - see _give_up
+                self._give_up(error)
         self.summary.plain = self.is_plain
 
     @property
@@ -142,7 +140,11 @@ class Graph:
             self._misses += 1
             return self._first(maker, key, args) if self._misses <= MOST_MISSES else self._gm.forward(*args)
         self._misses = 0
-        variant = self._choose(maker, special, args)
+        try:
+            variant = self._choose(maker, special, args)
+        except Exception as error:  # noqa: BLE001 - see _give_up
+            self._give_up(error)
+            variant = None
         if variant is None or not variant.reports:
             return self._gm.forward(*args)
         try:
@@ -203,10 +205,20 @@ class Graph:
         result = observer.run(*args)
         while len(self._specials) >= MOST_SPECIALS:
             del self._specials[next(iter(self._specials))]
-        special = self._specials[key] = self._planner.special(self._coordinator, args, observer.observation)
-        if special.tuning is None:
-            self._make_now(maker, special, args)
+        try:
+            special = self._specials[key] = self._planner.special(self._coordinator, args, observer.observation)
+            if special.tuning is None:
+                self._make_now(maker, special, args)
+        except Exception as error:  # noqa: BLE001 - see _give_up
+            self._give_up(error)
         return result
+
+    def _give_up(self, error: Exception) -> None:
+        """A network that cannot be planned for still trains."""
+        if config.current().strict:
+            raise error
+        self._maker = None
+        log.say(f"a network could not be planned for, it runs in the lead ({type(error).__name__}: {error})")
 
     def _make_now(self, maker: Maker, special: Special, args: tuple[Any, ...]) -> None:
         """Make the only variant, and wait for the workers: it is forced or pinned, so that runs are alike."""

@@ -1,6 +1,7 @@
 """Networks of torchvision and timm, trained plainly and on lanes under CUDA MPS: the same loss curve.
 
-In double precision: a fresh HRNet turns a difference of 1e-7 in its weights into one of 1 % in its loss within 5 steps.
+In double precision and with small steps. At a learning rate of 1e-3, fresh HRNets and NASNets turn one bit of noise in
+their weights into a tenth of their loss within 20 steps, in plain PyTorch; at 1e-5 it stays at 1e-14.
 """
 
 import copy
@@ -16,7 +17,8 @@ from mpsrun.run.coordinator import Coordinator
 
 pytestmark = pytest.mark.gpu
 STEPS = 20
-TOLERANCE = 1e-6  # relative
+TOLERANCE = 1e-9  # relative
+LEARNING_RATE = 1e-5
 
 
 def torchvision_model(name: str) -> Callable[[], nn.Module]:
@@ -61,7 +63,7 @@ def curve(model: nn.Module, size_px: int) -> list[float]:
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(8, 3, size_px, size_px, generator=generator).to("cuda", torch.float64)
     labels = torch.randint(10, (8,), generator=generator).cuda()
-    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
     losses = []
     for step in range(STEPS):
         torch.manual_seed(step)
