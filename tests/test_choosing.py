@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transparency import TOLERANCE, Trained, assert_same, assert_transparent, tr
 from mpsrun import config
 from mpsrun.plan import cost, tuner
 from mpsrun.plan.planfile import PlanFile
-from mpsrun.run import backend, plans, report
+from mpsrun.run import backend, plans, report, special
 from mpsrun.run import tuning as tuning_module
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.stepclock import StepClock
@@ -125,6 +126,22 @@ def test_the_next_run_knows(tuned: Coordinator, monkeypatch: pytest.MonkeyPatch)
     train(sides, 1)
     (kept,) = plans._saved.graphs.values()
     assert (str(kept.plan), clock.names) == (plan, [])
+
+
+def test_branches_are_timed_alone_once(tuned: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where candidates are tuned; the next run takes the times from the cache, and so finds the same candidates."""
+    times = {0: (7000.0, 2000.0, 1000.0)}
+    runs = []
+    monkeypatch.setattr(special, "MEASURED", {"cpu"})
+    monkeypatch.setattr(special.Profiler, "times", lambda *_: runs.append("measured") or times)
+    monkeypatch.setattr(special, "measured_us", lambda found: found)
+    Timed(monkeypatch, {"serial": 1000.0, "workers, 3 lanes": 500.0})
+    until_decided(both())
+    (path,) = config.current().plan_cache_dir.glob("*.json")
+    assert json.loads(path.read_text())["entry"]["branch_us"] == {"0": [7000.0, 2000.0, 1000.0]}
+    torch._dynamo.reset()
+    train(both(), 1)
+    assert runs == ["measured"]
 
 
 def test_a_pinned_plan_is_followed(tuned: Coordinator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ class Graph:
         if self._kind not in MACHINES:
             self.summary.note(f"no lanes on the device {self._kind}")
             return
-        self._planner = Planner(gm, self._regions, self._kind, self._options, self.summary)
+        self._planner = Planner(gm, self._effects, self._regions, self._kind, self._options, self.summary)
         if self._is_worth_a_try():
             self._open_lanes()
 
