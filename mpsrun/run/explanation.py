@@ -114,7 +114,7 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
 
     def to_dict(self) -> dict[str, object]:
         """As dicts, lists, strings and numbers."""
-        return msgspec.to_builtins(self)
+        return msgspec.json.decode(msgspec.json.encode(self))
 
     def to_json(self) -> str:
         """As JSON, one line."""
