@@ -16,11 +16,18 @@ from networks import SMALL, GoogLeNet, InPlace, ResidualChain, images, rows
 from torch import nn
 
 import mpsrun
+from mpsrun.config import Config
 from mpsrun.plan import cost
 from mpsrun.run import explain
 from mpsrun.run.explanation import Explanation
 
 TESTS = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def _defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever workers other tests share."""
+    monkeypatch.setattr(mpsrun.config, "current", lambda: Config(workers=3))
 
 
 class Shared(nn.Module):

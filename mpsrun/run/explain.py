@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from mpsrun import log
+from mpsrun import config, log
 from mpsrun.graph.effects import analyze, drop_inert
 from mpsrun.graph.regions import find_regions
 from mpsrun.plan.cost import MACHINES
@@ -83,6 +83,7 @@ class Watched:
 
     def __init__(self, gm: fx.GraphModule, analysis: Analysis | None, graph: Graph | None) -> None:
         self._gm, self._analysis, self._graph = gm, analysis, graph
+        self._looked = False
 
     def only_look(self, *args: Any) -> Any:
         """Look, and compute the outputs from copies of what the graph writes."""
@@ -91,9 +92,15 @@ class Watched:
         return self._gm.forward(*PlainRun(self._gm, self._analysis.effects, self._analysis.kind).copy(args))
 
     def look_and_run(self, *args: Any) -> Any:
-        """Look, and then have the graph called as ever."""
-        if self.network is None and self._analysis is not None:
-            self.network = examine(self._analysis, args)
+        """Look, and then have the graph called as ever, also where the look failed."""
+        if not self._looked and self._analysis is not None:
+            self._looked = True
+            try:
+                self.network = examine(self._analysis, args)
+            except Exception as error:  # as for lack of memory
+                if config.current().strict:
+                    raise
+                log.say(f"a network could not be explained ({type(error).__name__}: {error})")
         return self._graph(*args) if self._graph is not None else self._gm.forward(*args)
 
     def explanation(self, number: int) -> Explanation:
