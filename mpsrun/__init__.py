@@ -3,15 +3,20 @@
 TYPE_CHECKING = False  # imports nothing: `python -m mpsrun` runs this with the working directory on sys.path
 if TYPE_CHECKING:
     from mpsrun.run.branches import Branches as Branches
+    from mpsrun.run.explain import explain as explain
 
 __version__ = "0.1.0"
-__all__ = ["Branches", "__version__"]
+__all__ = ["Branches", "__version__", "explain"]
 
 
 def __getattr__(name: str) -> object:
-    """Import `Branches` on first use, so that the launcher never imports torch."""
+    """Import `Branches` and `explain` on first use, so that the launcher never imports torch."""
     if name == "Branches":
         from mpsrun.run.branches import Branches
 
         return Branches
+    if name == "explain":
+        from mpsrun.run.explain import explain
+
+        return explain
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

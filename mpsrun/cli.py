@@ -17,6 +17,7 @@ from mpsrun.log import say
 HELP = """\
 usage: mpsrun [options] train.py [args...]
        mpsrun [options] -m package.module [args...]
+       mpsrun explain [options] train.py [args...]
 
 Runs a PyTorch training script with the independent branches of its network at the same time on one GPU.
 Options before the script are mpsrun's; everything after it is the script's.
@@ -35,6 +36,12 @@ Options before the script are mpsrun's; everything after it is the script's.
   --strict                     raise a worker's error in the script instead of computing its branch there
   --verbose                    say what was found, refused and why
   --version, --help
+
+`mpsrun explain` prints the branches of the script's networks with their times alone, what could be gained, and the
+plan. What the script writes to stdout goes to stderr. A script of this name runs with `mpsrun ./explain`.
+
+  --json                       as one JSON object instead of a tree
+  --steps N                    stop the script after N steps of its optimizers (default 120)
 """
 
 
@@ -82,21 +89,25 @@ def parse(words: Sequence[str]) -> tuple[Config, Target]:
     """Split the command line into mpsrun's configuration and the script with its arguments."""
     rest = list(words)
     values: dict[str, Any] = {}
+    if _explains(rest):
+        rest.pop(0)
+        values["explain"] = "text"
     while rest and rest[0].startswith("-") and rest[0] not in ("-", "-m", "--"):
         name, equals, value = rest.pop(0).partition("=")
-        field, read = _option(name)
+        field, read = _option(name, "explain" in values)
         if read is None:
             if equals:
                 raise UsageError(f"expected {name} alone, found {name}={value}; leave the value out")
-            values[field] = True
+            values[field] = "json" if name == "--json" else True
             continue
         if not equals:
             if not rest:
                 raise UsageError(f"expected a value after {name}, found none; see mpsrun --help")
             value = rest.pop(0)
         values[field] = read(name, value)
-    if values.get("verify") and values.get("lanes") == "serial":
-        raise UsageError("expected lanes to compare for --verify, found --lanes serial; leave one of the two out")
+    for wanted, use in (("verify", "compare for --verify"), ("explain", "explain")):
+        if values.get(wanted) and values.get("lanes") == "serial":
+            raise UsageError(f"expected lanes to {use}, found --lanes serial; leave one of the two out")
     return Config(**values), _target(rest)
 
 
@@ -109,6 +120,8 @@ def _launch(config: Config, target: Target) -> int:
 
         if config.mps == "on":
             raise UsageError(f"expected an NVIDIA GPU for --mps on, found none ({hardware.reason}); leave it out")
+        if config.explain:
+            raise UsageError(f"expected a machine with lanes to explain, found none ({hardware.reason}); use another")
         say(f"{hardware.reason}, for which mpsrun has no lanes: plain run, no worker processes")
         run_plain(dataclasses.replace(config, lanes="serial"), target)
     if config.lanes == "serial":
@@ -120,7 +133,7 @@ def _launch(config: Config, target: Target) -> int:
 
 def _asks_for(words: Sequence[str], *names: str) -> bool:
     """Return whether one of mpsrun's own options is in front of the script; values are no options."""
-    for word in words:
+    for word in words[1:] if _explains(words) else words:
         if word in names:
             return True
         if not word.startswith("--"):
@@ -128,8 +141,14 @@ def _asks_for(words: Sequence[str], *names: str) -> bool:
     return False
 
 
-def _option(name: str) -> tuple[str, Callable[[str, str], Any] | None]:
+def _explains(words: Sequence[str]) -> bool:
+    return list(words[:1]) == ["explain"]
+
+
+def _option(name: str, explains: bool) -> tuple[str, Callable[[str, str], Any] | None]:
     field = name.removeprefix("--").replace("-", "_")
+    if name.startswith("--") and field in _OF_EXPLAIN and not explains:
+        raise UsageError(f"expected {name} after explain only, found it without; use mpsrun explain {name} train.py")
     if not name.startswith("--") or field not in _OPTIONS:
         raise UsageError(f"expected an option of mpsrun or a script, found {name!r}; see mpsrun --help")
     return _FIELDS.get(field, field), _OPTIONS[field]
@@ -165,7 +184,8 @@ def _workers(name: str, value: str) -> int | None:
 
 def _count(name: str, value: str) -> int:
     if not (value.isascii() and value.isdigit()) or int(value) < 1:
-        raise UsageError(f"expected {name} with a whole number from 1, found {value!r}; 3 is enough for most scripts")
+        advice = "3 is enough for most scripts" if name == "--verify" else "120 are the default"
+        raise UsageError(f"expected {name} with a whole number from 1, found {value!r}; {advice}")
     return int(value)
 
 
@@ -201,7 +221,8 @@ def _path_of_a_file(name: str, value: str) -> Path:
     return path
 
 
-_FIELDS = {"timeout": "timeout_s"}
+_FIELDS = {"timeout": "timeout_s", "json": "explain"}
+_OF_EXPLAIN = ("json", "steps")
 _OPTIONS: dict[str, Callable[[str, str], Any] | None] = {
     "workers": _workers,
     "lanes": _choice("auto", "serial", "streams", "workers"),
@@ -212,6 +233,8 @@ _OPTIONS: dict[str, Callable[[str, str], Any] | None] = {
     "plan": _plan_file,
     "save_plan": _path_of_a_file,
     "verify": _count,
+    "steps": _count,
+    "json": None,
     "strict": None,
     "verbose": None,
 }

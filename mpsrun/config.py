@@ -20,6 +20,7 @@ MAX_WORKERS = 64
 Lanes = Literal["auto", "serial", "streams", "workers"]
 Switch = Literal["auto", "on", "off"]
 Capture = Literal["auto", "off"]
+Explain = Literal["", "text", "json"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Config:
 
     workers: worker processes, None for auto. timeout_s: the watchdog of every wait. verify: calls on lanes that are
     compared with plain PyTorch, by network and plan. plan, save_plan: files to read plans from and to write them to.
+    explain: the form in which the networks are explained, if at all; steps: after which the script is stopped then.
     run_dir: the private directory of this run, None before the launcher made it and where there is no launcher.
     """
 
@@ -42,6 +44,8 @@ class Config:
     verify: int = 0
     plan: Path | None = None
     save_plan: Path | None = None
+    explain: Explain = ""
+    steps: int = 120
     run_dir: Path | None = None
 
     def worker_count(self) -> int:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transparency import TOLERANCE, Trained, assert_same, assert_transparent, tr
 from mpsrun import config
 from mpsrun.plan import cost, tuner
 from mpsrun.plan.planfile import PlanFile
-from mpsrun.run import backend, plans, report
+from mpsrun.run import backend, explain, plans, report, special
 from mpsrun.run import tuning as tuning_module
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.stepclock import StepClock
@@ -125,6 +126,39 @@ def test_the_next_run_knows(tuned: Coordinator, monkeypatch: pytest.MonkeyPatch)
     train(sides, 1)
     (kept,) = plans._saved.graphs.values()
     assert (str(kept.plan), clock.names) == (plan, [])
+
+
+def test_a_tuned_plan_is_explained(tuned: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = dataclasses.replace(config.current(), explain="text")
+    monkeypatch.setattr(config, "current", lambda: settings)
+    Timed(monkeypatch, {"serial": 1000.0, "workers, 3 lanes": 500.0})
+    for source in ("tuned", "cached"):
+        monkeypatch.setattr(explain, "_watched", [])
+        monkeypatch.setattr(plans, "_saved", PlanFile())
+        until_decided(both())
+        (plan,) = explain.of_script().plan
+        assert (plan.name, plan.source) == ("workers, 3 lanes", source)
+        assert plan.measured_step_us == pytest.approx(500.0, abs=10)
+        by_name = {candidate.name: candidate for candidate in plan.candidates}
+        assert by_name["serial"].predicted_step_us == by_name["serial"].measured_step_us
+        assert f"* {plan.name}" in str(explain.of_script())
+        torch._dynamo.reset()
+
+
+def test_branches_are_timed_alone_once(tuned: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where candidates are tuned; the next run takes the times from the cache, and so finds the same candidates."""
+    times = {0: (7000.0, 2000.0, 1000.0)}
+    runs = []
+    monkeypatch.setattr(special, "MEASURED", {"cpu"})
+    monkeypatch.setattr(special.Profiler, "times", lambda *_: runs.append("measured") or times)
+    monkeypatch.setattr(special, "measured_us", lambda found: found)
+    Timed(monkeypatch, {"serial": 1000.0, "workers, 3 lanes": 500.0})
+    until_decided(both())
+    (path,) = config.current().plan_cache_dir.glob("*.json")
+    assert json.loads(path.read_text())["entry"]["branch_us"] == {"0": [7000.0, 2000.0, 1000.0]}
+    torch._dynamo.reset()
+    train(both(), 1)
+    assert runs == ["measured"]
 
 
 def test_a_pinned_plan_is_followed(tuned: Coordinator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from mpsrun import config
 from mpsrun.config import ENV_CONFIG, Config
 from mpsrun.errors import UsageError
-from mpsrun.launch import script
+from mpsrun.launch import explain, script
 from mpsrun.launch.family import tie_to_parent, welcome_signals
 from mpsrun.launch.on_import import after_import
 from mpsrun.launch.target import Target
@@ -19,6 +19,8 @@ def main(args: Sequence[str]) -> int:
     mask = tie_to_parent()
     ours = config.current()
     os.environ.pop(ENV_CONFIG, None)  # processes that the script starts are none of ours
+    if ours.explain:
+        explain.at_exit(ours)
     if ours.lanes != "serial":
         after_import("torch", lambda: _watch_for_networks(ours))
     script.run(Target.from_argv(args), ready=lambda: welcome_signals(mask))
@@ -34,6 +36,8 @@ def _watch_for_networks(ours: Config) -> None:
         from mpsrun.run import verify
 
         atexit.register(verify.say_rest)
+    if ours.explain:
+        explain.stop_after(ours.steps)
     if ours.capture == "off":
         return
     try:

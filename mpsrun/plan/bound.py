@@ -1,7 +1,7 @@
 """How much faster the regions of a graph could be at best."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from mpsrun.graph.regions import Region
 from mpsrun.plan.cost import Costs
@@ -9,10 +9,14 @@ from mpsrun.plan.cost import Costs
 
 @dataclass(frozen=True)
 class Bound:
-    """Microseconds of all regions, forward and backward: one branch after the other, and along the critical path."""
+    """Microseconds of all regions, forward and backward: one branch after the other, and along the critical path.
+
+    longest: by region index, the branch that the path takes.
+    """
 
     serial_us: float
     critical_us: float
+    longest: Mapping[int, int] = field(default_factory=dict, compare=False)
 
     @property
     def speed_up(self) -> float:
@@ -28,14 +32,16 @@ class Bound:
 def bound(regions: Sequence[Region], costs: Costs) -> Bound:
     """The upper bound of the speed-up; `regions` are all of a graph, parents before children."""
     shorter_us: dict[tuple[int, int], float] = {}
+    longest: dict[int, int] = {}
     serial_us = critical_us = 0.0
     for region in reversed(regions):
         alone_us = costs.branch_us(region)
         shortened = [us - shorter_us.get((region.index, branch), 0.0) for branch, us in enumerate(alone_us)]
+        longest[region.index] = shortened.index(max(shortened))
         longest_us = max(0.0, *shortened)
         if region.parent is None:
             serial_us += sum(alone_us)
             critical_us += longest_us
         else:
             shorter_us[region.parent] = shorter_us.get(region.parent, 0.0) + sum(alone_us) - longest_us
-    return Bound(serial_us, critical_us)
+    return Bound(serial_us, critical_us, longest)

@@ -81,7 +81,7 @@ class Alone:
         self._refuse = refuse
         self._reason: str | None = None  # why Dynamo is not asked any more
         self._backend = _Backend(new_part, type(module).__name__)
-        self._compiled = torch.compile(_caller(module), backend=self._backend, fullgraph=True)
+        self._compiled = torch.compile(caller(module), backend=self._backend, fullgraph=True)
 
     def ask(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Question | Known | Call:
         """What a call of the branch needs to know."""
@@ -144,7 +144,7 @@ class _Asked(BaseException):
         self.part, self.inputs = part, inputs
 
 
-def _caller(module: nn.Module) -> Callable[..., Any]:
+def caller(module: Callable[..., Any]) -> Callable[..., Any]:
     """A function with code of its own: Dynamo keeps and counts what it compiles by code object."""
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -16,6 +16,7 @@ from mpsrun.plan.cost import MACHINES
 from mpsrun.plan.plan import Declined, plan_region
 from mpsrun.run import plans, report, session
 from mpsrun.run.coordinator import Coordinator
+from mpsrun.run.examine import Analysis
 from mpsrun.run.observe import Observer, must_be_plain
 from mpsrun.run.options import Options
 from mpsrun.run.overlaps import Overlaps
@@ -43,6 +44,10 @@ def mpsrun(
     """
     graph = Graph(gm, Options.read(options or {}, mode))
     report.graphs.append(graph.summary)
+    if config.current().explain:
+        from mpsrun.run import explain
+
+        return explain.watched(gm, graph)
     return gm.forward if graph.is_plain else graph
 
 
@@ -50,7 +55,7 @@ class Graph:
     """One graph of Dynamo's, and what became of it.
 
     The first call for a set of sizes runs plain and takes notes; from them the workers are prepared. `entered` counts
-    the calls of all graphs that may use lanes.
+    the calls of all graphs that may use lanes. analysis: what was found in it, if it could be analysed.
     """
 
     entered = 0
@@ -61,6 +66,7 @@ class Graph:
         self._misses = 0
         self._specials: dict[tuple[Any, ...], Special] = {}
         self.summary = report.Graph()
+        self.analysis: Analysis | None = None
         self._coordinator: Coordinator | None = None
         self._kind = ""
         self._maker: Maker | None = None
@@ -77,6 +83,11 @@ class Graph:
         """Whether nothing of this graph will ever use a lane."""
         return self._maker is None
 
+    @property
+    def first(self) -> Special | None:
+        """What it became for the sizes and modes of its first call, if it may use lanes."""
+        return next(iter(self._specials.values()), None)
+
     def _look(self, gm: fx.GraphModule) -> None:
         drop_inert(gm)
         self._effects: Effects = analyze(gm)
@@ -87,15 +98,18 @@ class Graph:
         for branch in (branch for region in found.regions for branch in region.branches if branch.pinned):
             self.summary.note(f"a branch stays in the lead: {branch.pinned}")
         if not found.regions:
+            self.analysis = Analysis(gm, self._effects, found, "", None)
             self.summary.note("no branches that do not depend on each other")
             return
         self._overlaps = Overlaps(gm, self._effects)
         self._sizes = sizes_of(gm, self._effects, needed_nodes(found.regions))
-        self._kind = _device_kind(self._regions, self._effects)
+        self._kind = device_kind(self._regions, self._effects)
         if self._kind not in MACHINES:
+            self.analysis = Analysis(gm, self._effects, found, self._kind, None)
             self.summary.note(f"no lanes on the device {self._kind}")
             return
-        self._planner = Planner(gm, self._regions, self._kind, self._options, self.summary)
+        self._planner = Planner(gm, self._effects, self._regions, self._kind, self._options, self.summary)
+        self.analysis = Analysis(gm, self._effects, found, self._kind, self._planner)
         if self._is_worth_a_try():
             self._open_lanes()
 
@@ -234,7 +248,8 @@ class Graph:
             log.say("the workers did not get ready in time; the network runs in the lead until they are")
 
 
-def _device_kind(regions: Sequence[Region], effects: Effects) -> str:
+def device_kind(regions: Sequence[Region], effects: Effects) -> str:
+    """The type of the device that all branches compute on, or a text that names none."""
     devices = {
         facts.device.type
         for region in regions

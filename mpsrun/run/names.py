@@ -31,6 +31,12 @@ class RegionName:
     path: str
 
 
+def network(gm: fx.GraphModule) -> str:
+    """The class of the module that is the whole network; empty where Dynamo did not note it."""
+    stacks = filter(None, map(_modules, gm.graph.nodes))
+    return next((kind for ((path, kind), *_) in stacks if not path), "")
+
+
 def region(region: Region) -> RegionName:
     """The innermost module that all branches are in; without one, the user's line."""
     path = _shared([_path(branch) for branch in region.branches])

@@ -47,10 +47,10 @@ class PlainRun:
     def run(self, args: Sequence[Any], start: Generators) -> tuple[Sequence[Any], Generators]:
         """The graph's outputs, and where it leaves the random generators, which are put back."""
         now = generators()
-        _set_generators(start)
+        set_generators(start)
         outputs = self._forward(*args)
         left = generators()
-        _set_generators(now)
+        set_generators(now)
         return outputs, left
 
     def differentiable(self, args: Sequence[Any]) -> list[int]:
@@ -73,7 +73,8 @@ def generators() -> Generators:
     return found
 
 
-def _set_generators(states: Generators) -> None:
+def set_generators(states: Generators) -> None:
+    """Put them where `generators` found them."""
     torch.set_rng_state(states["cpu"])
     if "cuda" in states:
         philox.generator().set_state(states["cuda"])

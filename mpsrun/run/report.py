@@ -43,12 +43,13 @@ class RegionReport:
 class Graph:
     """One compiled graph: its regions on lanes, its refusals with their reasons, how often it ran on lanes.
 
-    plain: nothing of it will ever leave the lead.
+    plain: nothing of it will ever leave the lead. declined: those of the refusals that are the plan's.
     """
 
     plain: bool = False
     regions: list[RegionReport] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
+    declined: list[str] = field(default_factory=list)
     calls: int = 0
 
     def note(self, reason: str) -> None:
@@ -59,7 +60,9 @@ class Graph:
         self._refuse(f"{where}: {reason}" if where else reason)
 
     def decline(self, region: Region, reason: str) -> None:
-        self.refuse(f"a region of {len(region.branches)} branches stays in the lead: {reason}", region.where)
+        text = f"a region of {len(region.branches)} branches stays in the lead: {reason}"
+        self.declined.append(f"{region.where}: {text}" if region.where else text)
+        self._refuse(self.declined[-1])
 
     def accept(self, region: Region, lanes: tuple[int, ...], jobs: tuple[int, ...]) -> RegionReport:
         """A region runs on these lanes from now on."""

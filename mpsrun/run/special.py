@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from mpsrun import log
+from mpsrun.graph.effects import Effects
 from mpsrun.graph.regions import Region
 from mpsrun.plan import memory
 from mpsrun.plan.candidates import Candidate, candidates, forced, forced_streams
@@ -18,9 +19,13 @@ from mpsrun.run import plans, report
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.options import Options
 from mpsrun.run.plan_cache import Entry, Key
+from mpsrun.run.profile import Profiler, measured_us
 from mpsrun.run.specialize import Observation
 from mpsrun.run.tuning import Tuning
 from mpsrun.run.variant import Variant
+
+MEASURED = {"cuda"}  # the devices on which branches are timed alone; on a CPU hardly anything is worth a try
+_BranchUs = Mapping[int, Sequence[float]]
 
 
 @dataclass(eq=False)
@@ -28,7 +33,8 @@ class Special:
     """What a graph became for one set of sizes and modes.
 
     candidates: the plans that it may run under, with `variants` of those that were made. tuning: chooses between them;
-    None where there is only one. epoch: how many workers were lost when that one was planned.
+    None where there is only one. epoch: how many workers were lost when that one was planned. branch_us: by region
+    index, the measured times of its branches alone.
     """
 
     description: str
@@ -38,15 +44,22 @@ class Special:
     epoch: int
     tuning: Tuning | None = None
     variants: dict[int, Variant] = field(default_factory=dict)
+    branch_us: _BranchUs = field(default_factory=dict)
 
 
 class Planner:
     """Makes the specials of one graph."""
 
     def __init__(
-        self, gm: fx.GraphModule, regions: Sequence[Region], kind: str, options: Options, summary: report.Graph
+        self,
+        gm: fx.GraphModule,
+        effects: Effects,
+        regions: Sequence[Region],
+        kind: str,
+        options: Options,
+        summary: report.Graph,
     ) -> None:
-        self._gm, self._regions, self._kind, self._options = gm, regions, kind, options
+        self._gm, self._effects, self._regions, self._kind, self._options = gm, effects, regions, kind, options
         self._summary = summary
         self._uses_lanes = False  # for any sizes
 
@@ -55,9 +68,9 @@ class Planner:
         """A CPU has none; there `streams` only shows that nothing else changes."""
         return self._kind == "cuda" or self._options.lanes == "streams"
 
-    def candidates(self, workers: Sequence[int]) -> tuple[Candidate, ...]:
+    def candidates(self, workers: Sequence[int], branch_us: _BranchUs | None = None) -> tuple[Candidate, ...]:
         """The plans to choose from with these workers; a forced lane leaves no choice."""
-        costs, workers = Costs(MACHINES[self._kind]), list(workers)[: self._options.workers]
+        costs, workers = Costs(MACHINES[self._kind], branch_us or {}), list(workers)[: self._options.workers]
         if self._options.lanes == "streams":
             return (forced_streams(self._regions, costs),)
         if self._options.forced:
@@ -68,7 +81,7 @@ class Planner:
         """The plans for the sizes of these arguments: one that is forced or pinned, or several to tune."""
         usable = owner.usable() if owner is not None else []
         key = plans.key_of(self._gm, args, self._kind, len(usable))
-        special = Special(_description(args), seen, (), key, owner.epoch if owner is not None else 0)
+        special = Special(describe(args), seen, (), key, owner.epoch if owner is not None else 0)
         plan = None
         if not self._options.forced:
             plan = plans.pinned(plans.fingerprint(key), self._regions, len(usable), self.has_streams)
@@ -77,9 +90,21 @@ class Planner:
             return special
         special.candidates = self.candidates(usable)
         if not self._options.forced:
-            special.candidates = self._affordable(special.candidates, owner)
-            special.tuning = self._tuning(special, owner)
+            entry = plans.cache().load(key)
+            special.branch_us = self._branch_us(special, entry, args)
+            special.candidates = self._affordable(self.candidates(usable, special.branch_us), owner)
+            special.tuning = self._tuning(special, owner, entry)
         return special
+
+    def _branch_us(self, special: Special, entry: Entry | None, args: Sequence[Any]) -> _BranchUs:
+        """What an earlier run measured, which leads to the same candidates again, or what is measured now."""
+        if entry is not None:
+            return entry.branch_us
+        if self._kind not in MEASURED or len(special.candidates) == 1:
+            return {}
+        values = dict(zip(self._gm.graph.find_nodes(op="placeholder"), args, strict=True))
+        profiler = Profiler(self._effects, special.seen, values, self._kind)
+        return measured_us(profiler.times(self._regions, Costs(MACHINES[self._kind])))
 
     def _affordable(self, found: tuple[Candidate, ...], owner: Coordinator | None) -> tuple[Candidate, ...]:
         if self._kind != "cuda":
@@ -87,7 +112,7 @@ class Planner:
         started = [link.index for link in owner.links if link.started] if owner is not None else []
         return memory.affordable(found, self._regions, torch.cuda.mem_get_info()[0], started)
 
-    def _tuning(self, special: Special, owner: Coordinator | None) -> Tuning:
+    def _tuning(self, special: Special, owner: Coordinator | None, entry: Entry | None) -> Tuning:
         epoch = special.epoch
 
         def decided(chosen: int) -> None:
@@ -96,7 +121,6 @@ class Planner:
                 self._cache(special, chosen)
 
         tuning = Tuning(special.description, special.candidates, self._kind, decided)
-        entry = plans.cache().load(special.key)
         known = [i for i, c in enumerate(special.candidates) if entry is not None and str(c.plan) == entry.plan]
         if known:
             log.say(f"{special.description}: {special.candidates[known[0]].name}, which an earlier run found best")
@@ -114,12 +138,12 @@ class Planner:
     def _cache(self, special: Special, chosen: int) -> None:
         candidate = special.candidates[chosen]
         medians_us = special.tuning.medians_us if special.tuning is not None else {}
-        plans.cache().store(
-            special.key, Entry(candidate=candidate.name, plan=str(candidate.plan), medians_us=medians_us)
-        )
+        branch_us = {index: tuple(us) for index, us in special.branch_us.items()}
+        entry = Entry(candidate=candidate.name, plan=str(candidate.plan), medians_us=medians_us, branch_us=branch_us)
+        plans.cache().store(special.key, entry)
 
 
-def _description(args: Sequence[Any]) -> str:
+def describe(args: Sequence[Any]) -> str:
     """What people call a graph: the sizes of its inputs, parameters left out."""
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor) and not isinstance(arg, torch.nn.Parameter)]
     sizes = ["x".join(map(str, tensor.shape)) for tensor in tensors if tensor.dim() > 1 or len(tensors) == 1]

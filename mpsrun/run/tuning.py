@@ -34,7 +34,12 @@ class Tuning:
 
     @property
     def is_decided(self) -> bool:
-        return self._state is not None and self._state.decided is not None
+        return self.decided is not None
+
+    @property
+    def decided(self) -> int | None:
+        """The candidate that was decided on."""
+        return self._state.decided if self._state is not None else None
 
     @property
     def medians_us(self) -> dict[str, float]:

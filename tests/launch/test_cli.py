@@ -62,6 +62,15 @@ WRONG = [
     (["--verify=1.5", "t.py"], "found '1.5'"),
     (["--verify", "t.py"], "found 't.py'"),
     (["--verify", "2", "--lanes", "serial", "t.py"], "found --lanes serial"),
+    (["explain"], "expected a script"),
+    (["explain", "-m"], "nothing after -m"),
+    (["explain", "--lanes", "serial", "t.py"], "expected lanes to explain, found --lanes serial"),
+    (["explain", "--steps", "0", "t.py"], "a whole number from 1, found '0'; 120"),
+    (["explain", "--steps"], "expected a value after --steps"),
+    (["explain", "--json=yes", "t.py"], "--json alone"),
+    (["explain", "--nosuch", "t.py"], "'--nosuch'"),
+    (["--json", "t.py"], "--json after explain only"),
+    (["--steps", "3", "t.py"], "--steps after explain only"),
 ]
 
 
@@ -73,10 +82,21 @@ def test_wrong_use(words: list[str], text: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_explain_comes_first_and_has_options_of_its_own() -> None:
+    config, target = parse(["explain", "--json", "--steps=7", "--workers", "2", "t.py", "--json"])
+    assert config == Config(explain="json", steps=7, workers=2)
+    assert target == Target("script", "t.py", ("--json",))
+    assert parse(["explain", "-m", "a.b"]) == (Config(explain="text"), Target("module", "a.b"))
+    for words in (["--", "explain"], ["./explain"], ["--verbose", "explain"]):
+        assert parse(words)[0].explain == ""
+        assert parse(words)[1].name == words[-1]
+
+
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert main(["--help"]) == 0
-    assert capsys.readouterr().out == f"mpsrun {__version__}\n{HELP}"
+    assert main(["explain", "--help"]) == 0
+    assert capsys.readouterr().out == f"mpsrun {__version__}\n{HELP}{HELP}"
 
 
 def test_the_launcher_imports_neither_torch_nor_zmq(runner: Runner) -> None:
@@ -93,6 +113,7 @@ def test_version_is_quick(runner: Runner) -> None:
 BAD_INPUT = {
     "no-such-script": (["nosuch.py"], {}, "no file 'nosuch.py'"),
     "directory": (["empty"], {}, "the directory 'empty'"),
+    "explain-no-such-script": (["explain", "nosuch.py"], {}, "no file 'nosuch.py'"),
     "no-such-module": (["-m", "nosuch.mod"], {}, "no module named 'nosuch.mod'"),
     "unknown-flag": (["--nosuch", "t.py"], {}, "--nosuch"),
     "workers-0": (["--workers", "0", "t.py"], {}, "'0'"),

@@ -1,0 +1,182 @@
+"""Times of each branch alone: the network's own parameters, made-up activations, and no trace left behind."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import msgspec
+import torch
+from torch import fx
+
+from mpsrun.errors import NotShippable
+from mpsrun.graph.effects import Effects
+from mpsrun.graph.program import build, extract
+from mpsrun.graph.regions import Branch, Region
+from mpsrun.graph.state import applied
+from mpsrun.plan.cost import Costs
+from mpsrun.run import philox
+from mpsrun.run import state as modes
+from mpsrun.run.layout import TensorMeta
+from mpsrun.run.specialize import Observation
+
+RUNS = 3  # after one that warms up
+LIMIT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Alone:
+    """Medians of a branch that runs alone; `backward_us` is 0 where nothing is differentiated.
+
+    peak_bytes: of the device's memory beyond its inputs; None on a CPU, and where it was not asked for.
+    """
+
+    forward_us: float
+    backward_us: float
+    peak_bytes: int | None = None
+
+    @property
+    def us(self) -> float:
+        return self.forward_us + self.backward_us
+
+
+@dataclass(frozen=True)
+class NotMeasured:
+    """A branch without times, and why."""
+
+    reason: str
+
+
+Times: TypeAlias = Mapping[int, Sequence[Alone | NotMeasured]]  # by region index, those of its branches
+
+
+def measured_us(times: Times) -> dict[int, tuple[float, ...]]:
+    """What `Costs` takes: the regions of which every branch was measured."""
+    found = {}
+    for index, branches in times.items():
+        known = tuple(branch.us for branch in branches if isinstance(branch, Alone))
+        if len(known) == len(branches):
+            found[index] = known
+    return found
+
+
+class Profiler:
+    """Runs the branches of one graph alone, under the modes of the calling thread.
+
+    values: what the graph was called with, by placeholder. with_peak: measure memory, too, which starts the peak of the
+    process's own statistics anew.
+    """
+
+    def __init__(
+        self, effects: Effects, seen: Observation, values: Mapping[fx.Node, Any], kind: str, with_peak: bool = False
+    ) -> None:
+        self._effects, self._seen, self._values = effects, seen, values
+        self._kind, self._with_peak = kind, with_peak and kind == "cuda"
+        # Casts that the caller's autocast keeps would be made once, and for the caller to keep.
+        self._state = msgspec.structs.replace(modes.ambient(kind), cache=False)
+
+    def times(self, regions: Sequence[Region], costs: Costs) -> Times:
+        """All branches, unless that is estimated to take longer than `LIMIT_S`; none starts later than that."""
+        estimate_s = sum(map(costs.serial_us, regions)) * (RUNS + 1) / 1e6
+        if estimate_s > LIMIT_S:
+            reason = NotMeasured(f"all branches alone would take {estimate_s:.0f} s")
+            return {region.index: [reason] * len(region.branches) for region in regions}
+        deadline_s = time.monotonic() + LIMIT_S
+        with _undisturbed(self._kind):
+            return {region.index: [self._alone(branch, deadline_s) for branch in region.branches] for region in regions}
+
+    def _alone(self, branch: Branch, deadline_s: float) -> Alone | NotMeasured:
+        if time.monotonic() > deadline_s:
+            return NotMeasured(f"the branches before it took {LIMIT_S:.0f} s")
+        try:
+            run = self._runnable(branch)
+            peak_bytes = self._peak_bytes(run) if self._with_peak else None
+            run()
+            forward_us, backward_us = zip(*(run() for _ in range(RUNS)), strict=True)
+        except NotShippable as error:
+            return NotMeasured(str(error))
+        except Exception as error:  # noqa: BLE001 - values made up may be none that its ops take
+            return NotMeasured(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        return Alone(statistics.median(forward_us), statistics.median(backward_us), peak_bytes)
+
+    def _runnable(self, branch: Branch) -> Callable[[], tuple[float, float]]:
+        program, outside = extract(branch.nodes, self._effects, branch.outputs)
+        with torch.no_grad():
+            inputs = [self._input(node, i in program.writes) for i, node in enumerate(outside)]
+        function, kind = build(program), self._kind
+        wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+
+        def run() -> tuple[float, float]:
+            start = _mark(kind)
+            with applied(self._state):
+                outputs = function(*inputs)
+            forward_us = _us_since(start)
+            ends = [output for output in outputs if output.requires_grad]
+            if not ends or not wanted:
+                return forward_us, 0.0
+            ones = [torch.ones_like(output) for output in ends]
+            start = _mark(kind)
+            torch.autograd.grad(ends, wanted, ones, allow_unused=True)
+            return forward_us, _us_since(start)
+
+        return run
+
+    def _input(self, node: fx.Node, written: bool) -> Any:
+        """A leaf of its own in the place of an input; memory that the branch writes is copied."""
+        value, meta = self._values.get(node), self._seen.metas.get(node)
+        if isinstance(value, torch.Tensor):
+            made = value.detach().clone() if written else value.detach()
+            return made.requires_grad_(value.requires_grad and not value.is_inference())
+        if isinstance(meta, TensorMeta):
+            return _made_up(meta)
+        if meta is None:
+            raise NotShippable(f"the value of {node.name} was not seen")
+        return meta
+
+    @staticmethod
+    def _peak_bytes(run: Callable[[], object]) -> int:
+        torch.cuda.reset_peak_memory_stats()
+        before_bytes = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before_bytes
+
+
+def _made_up(meta: TensorMeta) -> torch.Tensor:
+    """Between 0 and 1 where it is floating: this is a probability, has a logarithm, and is cut off to the index 0."""
+    last = sum((extent - 1) * stride for extent, stride in zip(meta.shape, meta.stride, strict=True))
+    count = 0 if 0 in meta.shape else last + 1
+    flat = torch.zeros(count, dtype=meta.dtype, device=meta.device)
+    if meta.dtype.is_floating_point or meta.dtype.is_complex:
+        source = torch.Generator(device=meta.device)
+        flat.copy_(torch.rand(count, device=meta.device, generator=source))
+    return flat.as_strided(meta.shape, meta.stride).requires_grad_(meta.requires_grad)
+
+
+@contextmanager
+def _undisturbed(kind: str) -> Iterator[None]:
+    """Outside of inference mode, in which nothing could require gradients, and with the generators put back."""
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]), philox.undisturbed(kind):
+        yield
+
+
+def _mark(kind: str) -> Any:
+    """A moment at which nothing is under way."""
+    if kind != "cuda":
+        return time.perf_counter()
+    torch.cuda.synchronize()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _us_since(start: Any) -> float:
+    if isinstance(start, float):
+        return (time.perf_counter() - start) * 1e6
+    end = torch.cuda.Event(enable_timing=True)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3
