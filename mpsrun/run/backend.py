@@ -17,12 +17,11 @@ from mpsrun.plan.plan import Declined, plan_region
 from mpsrun.run import plans, report, session
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.examine import Analysis
-from mpsrun.run.observe import Observer, must_be_plain
+from mpsrun.run.observe import Observer, must_be_plain, needed_nodes
 from mpsrun.run.options import Options
 from mpsrun.run.overlaps import Overlaps
 from mpsrun.run.sizes import sizes_of
 from mpsrun.run.special import Planner, Special
-from mpsrun.run.specialize import needed_nodes
 from mpsrun.run.variant import Maker, Variant
 from mpsrun.run.verify import Verification
 

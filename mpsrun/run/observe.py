@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +13,15 @@ from mpsrun.graph.effects import Effects
 from mpsrun.graph.regions import Region
 from mpsrun.run import philox
 from mpsrun.run import state as modes
-from mpsrun.run.specialize import Observation, meta_of, needed_nodes
+from mpsrun.run.layout import TensorMeta
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one plain run of a graph showed: metas (or ints) by node, and how far each random op moved the generator."""
+
+    metas: Mapping[fx.Node, TensorMeta | int]
+    random_steps: Mapping[fx.Node, int] = field(default_factory=dict)
 
 
 class Observer(fx.Interpreter):
@@ -54,3 +63,15 @@ def must_be_plain(kind: str) -> bool:
     if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None or modes.transformed():
         return True
     return kind == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def needed_nodes(regions: Sequence[Region]) -> set[fx.Node]:
+    """The nodes whose metas a plain run must note for these regions to be cut."""
+    return {n for r in regions for b in r.branches for n in (*b.inputs, *b.outputs)}
+
+
+def meta_of(value: Any) -> TensorMeta | int | None:
+    """What an Observation keeps of a value."""
+    if isinstance(value, torch.Tensor):
+        return TensorMeta.of(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None

@@ -20,9 +20,9 @@ from mpsrun.run import names, report
 from mpsrun.run.binding import Binding
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.forkjoin import fork, join
-from mpsrun.run.observe import Observer
+from mpsrun.run.observe import Observation, Observer
 from mpsrun.run.overlaps import Overlaps
-from mpsrun.run.specialize import Cutter, Observation, Strand
+from mpsrun.run.specialize import Cutter, Strand
 
 MOST_VARIANTS = 64  # sets of sizes and modes of one graph that are kept prepared
 

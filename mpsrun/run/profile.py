@@ -22,7 +22,7 @@ from mpsrun.plan.cost import Costs
 from mpsrun.run import philox
 from mpsrun.run import state as modes
 from mpsrun.run.layout import TensorMeta
-from mpsrun.run.specialize import Observation
+from mpsrun.run.observe import Observation
 
 RUNS = 3  # after one that warms up
 LIMIT_S = 5.0

@@ -17,10 +17,10 @@ from mpsrun.plan.candidates import Candidate, candidates, forced, forced_streams
 from mpsrun.plan.cost import MACHINES, Costs
 from mpsrun.run import plans, report
 from mpsrun.run.coordinator import Coordinator
+from mpsrun.run.observe import Observation
 from mpsrun.run.options import Options
 from mpsrun.run.plan_cache import Entry, Key
 from mpsrun.run.profile import Profiler, measured_us
-from mpsrun.run.specialize import Observation
 from mpsrun.run.tuning import Tuning
 from mpsrun.run.variant import Variant
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import fx
@@ -20,19 +19,12 @@ from mpsrun.run import state as modes
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.crossing import Crossing, Flat, Share
 from mpsrun.run.layout import Gradients, Packer, TensorMeta, contiguous_stride, trace_gradients
+from mpsrun.run.observe import Observation
 from mpsrun.wire import messages as m
 
 _numbers = itertools.count(1)
 # Ops that share a tensor's memory but not its autograd history: autograd may save the result for much longer.
 DETACHING = frozenset({"detach", "detach_", torch.detach, getattr(torch._C._autograd, "_get_data_attr", None)})
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What one plain run of a graph showed: metas (or ints) by node, and how far each random op moved the generator."""
-
-    metas: Mapping[fx.Node, TensorMeta | int]
-    random_steps: Mapping[fx.Node, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -343,15 +335,3 @@ def _random_starts(region: Region, seen: Observation) -> tuple[dict[fx.Node, int
         starts[node] = total
         total += seen.random_steps[node]
     return starts, total
-
-
-def needed_nodes(regions: Sequence[Region]) -> set[fx.Node]:
-    """The nodes whose metas a plain run must note for these regions to be cut."""
-    return {n for r in regions for b in r.branches for n in (*b.inputs, *b.outputs)}
-
-
-def meta_of(value: Any) -> TensorMeta | int | None:
-    """What an Observation keeps of a value."""
-    if isinstance(value, torch.Tensor):
-        return TensorMeta.of(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None

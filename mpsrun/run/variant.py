@@ -18,7 +18,8 @@ from mpsrun.run.binding import Binding
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.crossing import Crossing
 from mpsrun.run.lower import Lowered, lower
-from mpsrun.run.specialize import Cutter, Observation
+from mpsrun.run.observe import Observation
+from mpsrun.run.specialize import Cutter
 
 
 @dataclass(eq=False)
