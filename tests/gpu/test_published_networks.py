@@ -7,6 +7,7 @@ their weights into a tenth of their loss within 20 steps, in plain PyTorch; at 1
 import copy
 from collections.abc import Callable
 
+import pool
 import pytest
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,7 @@ def test_loss_curve(on_gpu: Coordinator, name: str) -> None:
     fast = on_lanes(copy.deepcopy(plain), 3)
     report.graphs.clear()
     curves = [curve(model, size_px) for model in (plain, fast)]
+    assert pool.lost(on_gpu) == {}
     assert curves[1] == pytest.approx(curves[0], rel=TOLERANCE)
     on_workers = [region for graph in report.graphs for region in graph.regions if any(region.lanes)]
     assert len(on_workers) >= regions
