@@ -120,3 +120,19 @@ def test_evaluation_before_training(discovery: Discovery) -> None:
     for _ in range(3):
         model.training_step(batch()).backward()
     assert on_lanes() - before == 2
+
+
+def test_evaluation_that_stays_in_the_lead_decides_nothing(discovery: Discovery) -> None:
+    """What tuning finds for evaluation must not cost training its lanes."""
+    network = Three().double().eval()
+    x = torch.randn(5, 6, dtype=torch.float64)
+    with torch.no_grad():
+        for _ in range(3):
+            network(x)
+        for graph in report.graphs:
+            graph.plain = True
+        network(x)
+    network.train()
+    for _ in range(3):
+        network(x).sum().backward()
+    assert any(graph.calls and not graph.plain for graph in report.graphs)

@@ -74,7 +74,7 @@ class _Call:
             self._decided = True
             if backend.Graph.entered == entered:  # asked so, since networks of one kind share their graphs
                 self._give_up("nothing of it can use a lane")
-        elif self._graphs and all(graph.plain for graph in self._graphs):
+        elif self._decided and self._graphs and all(graph.plain for graph in self._graphs):
             self._give_up("nothing else is faster")
         return result
 

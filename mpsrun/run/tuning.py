@@ -20,7 +20,7 @@ _tuning: Tuning | None = None  # one at a time: two would measure each other
 class Tuning:
     """Which candidate each call of a graph runs under, until one is decided on.
 
-    decided: called with the candidate's index and the state, when that is known, and again where it had to change.
+    decided: called with the candidate's index when that is known, and again where it had to change.
     """
 
     def __init__(self, name: str, candidates: Sequence[Candidate], kind: str, decided: Callable[[int], None]) -> None:
