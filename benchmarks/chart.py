@@ -12,6 +12,7 @@ COLOURS = {
     "reduce-overhead": "#56b4e9",
     "cuda graph": "#0072b2",
     "mpsrun streams": "#f0e442",
+    "mpsrun captured": "#009e73",
     "mpsrun workers": "#e69f00",
     "mpsrun auto": "#d55e00",
 }

@@ -13,7 +13,7 @@ from mpsrun.run.backend import mpsrun
 
 Call = Callable[..., Any]
 AUTO = "mpsrun auto"
-FORCED = ("mpsrun serial", "mpsrun streams", "mpsrun workers")
+FORCED = ("mpsrun serial", "mpsrun streams", "mpsrun captured", "mpsrun workers")
 WARM_UP_STEPS = 6
 TUNING_STEPS = 100  # `auto` tries its candidates on these
 

@@ -196,7 +196,7 @@ def _inputs(entry: Entry, px: int) -> tuple[Tensor, ...]:
 
 
 class Detector(nn.Module):
-    """A detection network with the boxes, masks and key points that it trains on: two objects an image."""
+    """A detection network with the boxes, masks and key points that it trains on: two people an image."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -212,4 +212,4 @@ def _objects(image: Tensor) -> dict[str, Tensor]:
     masks = torch.zeros(2, px, px, dtype=torch.uint8)
     masks[:, px // 4 : px // 2, px // 4 : px // 2] = 1
     points = torch.cat([boxes[:, None, :2].expand(2, 17, 2) + 1, boxes.new_ones(2, 17, 1)], dim=2)
-    return {"boxes": boxes, "labels": torch.tensor([1, 2]), "masks": masks, "keypoints": points}
+    return {"boxes": boxes, "labels": torch.tensor([1, 1]), "masks": masks, "keypoints": points}

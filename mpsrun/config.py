@@ -17,7 +17,7 @@ SOCKET_PATH_LIMIT_BYTES = 100
 AUTO_WORKERS = 3
 MAX_WORKERS = 64
 
-Lanes = Literal["auto", "serial", "streams", "workers"]
+Lanes = Literal["auto", "serial", "streams", "captured", "workers"]
 Switch = Literal["auto", "on", "off"]
 Capture = Literal["auto", "off"]
 Explain = Literal["", "text", "json"]
@@ -49,8 +49,8 @@ class Config:
     run_dir: Path | None = None
 
     def worker_count(self) -> int:
-        """Return how many worker processes this run has; none with serial lanes and side streams, else at least one."""
-        if self.lanes in ("serial", "streams"):
+        """Return how many worker processes this run has; none where other lanes are forced, else at least one."""
+        if self.lanes in ("serial", "streams", "captured"):
             return 0
         if self.workers is not None:
             return self.workers

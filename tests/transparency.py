@@ -71,7 +71,7 @@ def assert_transparent(
     fast = trained(on_lanes(copy.deepcopy(plain.model), workers))
     report.graphs.clear()
     for step in range(steps):
-        inputs = tuple(_moved(value, device, dtype) for value in make_inputs())
+        inputs = tuple(moved(value, device, dtype) for value in make_inputs())
         wanted, found = plain.step(inputs, step), fast.step(inputs, step)
         assert_same(found, wanted, f"step {step}", tolerance or TOLERANCE)
     (graph,) = report.graphs
@@ -149,7 +149,8 @@ def _leaf(value: Any) -> Any:
     return value.clone().requires_grad_(value.is_floating_point())
 
 
-def _moved(value: Any, device: str, dtype: torch.dtype) -> Any:
+def moved(value: Any, device: str, dtype: torch.dtype) -> Any:
+    """An input on a device, floating ones in this dtype."""
     if not isinstance(value, Tensor):
         return value
     return value.to(device, dtype) if value.is_floating_point() else value.to(device)

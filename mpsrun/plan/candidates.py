@@ -1,13 +1,13 @@
 """The plans of a graph that are worth some training steps each."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mpsrun.graph.regions import Region
 from mpsrun.plan.assign import hopeless, region_us, spread
 from mpsrun.plan.cost import Costs
 from mpsrun.plan.lanes import LEAD
-from mpsrun.plan.plan import Assignment, Declined, Plan, decide, immovable, left_with
+from mpsrun.plan.plan import CAPTURED, Assignment, Declined, Plan, decide, immovable, left_with
 
 MAX_CANDIDATES = 6
 # With the lead's own stream these are the 8 hardware queues of a process (CUDA_DEVICE_MAX_CONNECTIONS).
@@ -28,19 +28,24 @@ class Candidate:
 
 
 def candidates(
-    regions: Sequence[Region], worker_ids: Sequence[int], costs: Costs, has_streams: bool
+    regions: Sequence[Region], worker_ids: Sequence[int], costs: Costs, has_streams: bool, captures: bool = False
 ) -> tuple[Candidate, ...]:
     """At most `MAX_CANDIDATES` plans that differ, the best predicted first.
 
     regions: all of a graph, parents before children. worker_ids: the lanes of the workers that may be used.
-    has_streams: whether the lead's device has side streams. Always in: serial; side streams, if the device has them;
-    the plan that hands every region to all workers that is not hopeless.
+    has_streams: whether the lead's device has side streams. captures: whether the graph can be captured. Always in:
+    serial; side streams, if the device has them; both captured, if that can be; the plan that hands every region to all
+    workers that is not hopeless.
     """
     planner = _Planner(regions, worker_ids, costs)
     wanted = [planner.candidate(SERIAL, lambda _region: Declined("serial"))]
     if has_streams:
         wanted.append(planner.candidate("streams", planner.on_streams))
     wanted.append(planner.candidate(f"workers, {len(worker_ids) + 1} lanes", planner.on_every_worker))
+    if captures:
+        replayed = _Planner(regions, (), costs.captured())
+        wanted.append(_captured(replayed.candidate(CAPTURED, lambda _region: Declined("captured as it is"))))
+        wanted.append(forced_captured(regions, costs))
     optional = planner.worker_candidates()
     if has_streams:
         optional.append(planner.candidate("mixed", planner.fastest))
@@ -57,6 +62,16 @@ def forced_streams(regions: Sequence[Region], costs: Costs) -> Candidate:
     """Every region to side streams that has a branch which may leave, whether that pays or not."""
     planner = _Planner(regions, (), costs)
     return planner.candidate("streams, forced", planner.on_streams)
+
+
+def forced_captured(regions: Sequence[Region], costs: Costs) -> Candidate:
+    """As `forced_streams`, the whole graph captured."""
+    planner = _Planner(regions, (), costs.captured())
+    return _captured(planner.candidate("captured streams", planner.on_streams))
+
+
+def _captured(candidate: Candidate) -> Candidate:
+    return replace(candidate, plan=replace(candidate.plan, captured=True))
 
 
 def predicted_us(plan: Plan, regions: Sequence[Region], costs: Costs) -> float:
@@ -165,14 +180,14 @@ def _lanes(choice: _Choice, region: Region) -> tuple[int, ...]:
 
 def _different(made: Sequence[Candidate]) -> list[Candidate]:
     """The first of those that put every branch on the same lane."""
-    seen: dict[tuple[tuple[int, _Choice], ...], Candidate] = {}
+    seen: dict[tuple[bool, tuple[tuple[int, _Choice], ...]], Candidate] = {}
     for candidate in made:
         assigned = sorted(
             (index, choice)
             for index, choice in candidate.plan.regions.items()
             if isinstance(choice, Assignment) and any(choice.lanes)
         )
-        seen.setdefault(tuple(assigned), candidate)
+        seen.setdefault((candidate.plan.captured, tuple(assigned)), candidate)
     return list(seen.values())
 
 

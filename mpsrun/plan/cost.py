@@ -1,27 +1,31 @@
 """What branches cost: measured where they were, else estimated from counts of their ops."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mpsrun.graph.regions import Branch, Region
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates of a machine; `cores_shared`: one op already uses all of its cores."""
+    """Rates of a machine; `cores_shared`: one op already uses all of its cores.
+
+    replay_us: what a kernel takes at least in a CUDA graph.
+    """
 
     launch_us: float
     flops_per_s: float
     bytes_per_s: float
     crossing_us: float
     cores_shared: bool = False
+    replay_us: float = 0.0
 
 
 # Measured on an H200 with eager PyTorch: an op costs 85 to 95 us of one CPU thread, forward and backward together
 # (GoogLeNet batch 8, transformer towers batch 4), and a crossing, which is fork, join and both of their backwards, some
 # 640 us of the lead (benchmarks/h200.json). The rates are what training reaches there, not its peaks.
 MACHINES = {
-    "cuda": Machine(launch_us=30.0, flops_per_s=100e12, bytes_per_s=1.5e12, crossing_us=640.0),
+    "cuda": Machine(launch_us=30.0, flops_per_s=100e12, bytes_per_s=1.5e12, crossing_us=640.0, replay_us=2.0),
     "cpu": Machine(launch_us=5.0, flops_per_s=100e9, bytes_per_s=10e9, crossing_us=500.0, cores_shared=True),
 }
 
@@ -38,6 +42,10 @@ class Costs:
 
     machine: Machine
     measured_us: Mapping[int, Sequence[float]] = field(default_factory=dict)
+
+    def captured(self) -> "Costs":
+        """The same work without launching it op by op, which is what was measured."""
+        return Costs(replace(self.machine, launch_us=self.machine.replay_us))
 
     def branch_us(self, region: Region) -> list[float]:
         """Each branch alone."""

@@ -10,6 +10,8 @@ from mpsrun.plan.assign import not_worth_it, spread
 from mpsrun.plan.cost import Costs, Machine
 from mpsrun.plan.lanes import LEAD, is_stream, is_worker, lane_name, lane_of
 
+CAPTURED = "captured"  # the line of a plan whose graph is replayed
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -27,12 +29,17 @@ class Declined:
 
 @dataclass(frozen=True)
 class Plan:
-    """What each region does, by region index; `str(plan)` is text that `Plan.parse` reads back."""
+    """What each region does, by region index; `str(plan)` is text that `Plan.parse` reads back.
+
+    captured: whether the whole graph is replayed as a CUDA graph.
+    """
 
     regions: Mapping[int, Assignment | Declined] = field(default_factory=dict)
+    captured: bool = False
 
     def __str__(self) -> str:
-        return "".join(f"{_line(index, choice)}\n" for index, choice in sorted(self.regions.items()))
+        lines = [_line(index, choice) for index, choice in sorted(self.regions.items())]
+        return "".join(f"{line}\n" for line in ([CAPTURED] if self.captured else []) + lines)
 
     @classmethod
     def parse(cls, text: str) -> "Plan":
@@ -43,8 +50,11 @@ class Plan:
     def parse_lines(cls, lines: Iterable[tuple[int, str]], source: str) -> "Plan":
         """Read a plan from numbered lines of `source`; empty lines and those that start with `#` are skipped."""
         found: dict[int, Assignment | Declined] = {}
+        captured = False
         for number, line in lines:
-            if line.strip() and not line.lstrip().startswith("#"):
+            if line.strip() == CAPTURED:
+                captured = True
+            elif line.strip() and not line.lstrip().startswith("#"):
                 index, choice = _parse_line(line.strip(), f"{source}, line {number}")
                 if index in found:
                     raise UsageError(
@@ -52,7 +62,7 @@ class Plan:
                         "keep one of them"
                     )
                 found[index] = choice
-        return cls(found)
+        return cls(found, captured)
 
     @property
     def workers(self) -> frozenset[int]:
@@ -66,8 +76,8 @@ class Plan:
 
     @property
     def is_serial(self) -> bool:
-        """Whether everything runs on the lead's own stream."""
-        return all(lane == LEAD for lane in self._lanes())
+        """Whether everything runs on the lead's own stream, op by op: a plain run."""
+        return not self.captured and all(lane == LEAD for lane in self._lanes())
 
     def _lanes(self) -> Iterable[int]:
         return (lane for choice in self.regions.values() if isinstance(choice, Assignment) for lane in choice.lanes)
@@ -145,7 +155,7 @@ def _parse_line(line: str, place: str) -> tuple[int, Assignment | Declined]:
     known = tuple(lane for lane in lanes if lane is not None)
     if found is None or len(known) != len(lanes):
         raise UsageError(
-            f"{place}: expected 'region 0: lead | worker 1 | stream 1' or 'region 0: declined, reason', "
-            f"found {line[:200]!r}; correct the line or delete it"
+            f"{place}: expected 'region 0: lead | worker 1 | stream 1', 'region 0: declined, reason' or "
+            f"'{CAPTURED}', found {line[:200]!r}; correct the line or delete it"
         )
     return int(found["index"]), Assignment(known)

@@ -79,6 +79,8 @@ def fits(plan: Plan, regions: Sequence[Region], worker_count: int, has_streams: 
         return f"it is for another network: expected regions {_list(known)}, found {_list(plan.regions)}"
     if plan.workers and max(plan.workers) > worker_count:
         return f"it uses worker {max(plan.workers)}, and the run has {worker_count}; start more with --workers"
+    if plan.workers and plan.captured:
+        return f"it is captured and uses worker {min(plan.workers)}, which cannot be; delete one of the two"
     if plan.streams and not has_streams:
         return f"it uses {lane_name(min(plan.streams))}, and this device has no streams"
     reasons = (_misfit(region, plan, known) for region in regions)

@@ -38,8 +38,8 @@ def mpsrun(
 ) -> Callable[..., Any]:
     """Backend of `torch.compile(model, backend="mpsrun", options={"lanes": "workers"})`.
 
-    options: `lanes` ("auto", "serial", "streams" or "workers") and `workers` (use at most so many) for this model; the
-    default is the launcher's. Raises `MpsrunError` for an option that does not exist.
+    options: `lanes` ("auto", "serial", "streams", "captured" or "workers") and `workers` (use at most so many) for this
+    model; the default is the launcher's. Raises `MpsrunError` for an option that does not exist.
     """
     graph = Graph(gm, Options.read(options or {}, mode))
     report.graphs.append(graph.summary)
@@ -126,7 +126,7 @@ class Graph:
         return False
 
     def _open_lanes(self) -> None:
-        if self._options.lanes != "streams":
+        if self._options.lanes not in ("streams", "captured"):
             self._coordinator = session.coordinator(self._kind)
             if self._coordinator is None:
                 self.summary.note(session.why_none())
@@ -134,7 +134,9 @@ class Graph:
             if not self._planner.has_streams:
                 return
             report.tell_at_exit()
-        self._maker = Maker(self._gm, self._effects, self._regions, self._coordinator, self.summary)
+        self._maker = Maker(
+            self._gm, self._effects, self._regions, self._coordinator, self._planner.subject, self.summary
+        )
         if config.current().verify:
             self._verification = Verification.of(self._gm, self._effects, self._kind)
 
@@ -158,7 +160,7 @@ class Graph:
         except Exception as error:  # noqa: BLE001 - see _give_up
             self._give_up(error)
             variant = None
-        if variant is None or not variant.reports:
+        if variant is None or variant.is_plain:
             return self._gm.forward(*args)
         try:
             if owner is not None:

@@ -9,7 +9,7 @@ first, so that backward runs Join, then the lead's own branches, then Fork.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,14 +135,16 @@ def _take(invocation: Invocation) -> tuple[torch.Tensor, ...]:
     return tuple(outputs)
 
 
-class _Function(torch.autograd.Function):
+class Function(torch.autograd.Function):
+    """An autograd Function that costs less to call."""
+
     @classmethod
     def apply(cls, *args: Any) -> Any:
         """Without what torch does here for `torch.func`, under which no graph uses lanes."""
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
-class _Fork(_Function):
+class _Fork(Function):
     @staticmethod
     def forward(ctx: Any, invocation: Invocation, *wanted: torch.Tensor) -> torch.Tensor:
         crossing, args = invocation.crossing, invocation.args
@@ -157,7 +159,7 @@ class _Fork(_Function):
     @staticmethod
     def backward(ctx: Any, token: torch.Tensor | None) -> tuple[Any, ...]:
         invocation: Invocation = ctx.invocation
-        _check_versions(invocation)
+        check_versions(invocation.args, invocation.crossing.saved, invocation.versions)
         if invocation.gradients is not None:
             gradients = _recompute(invocation)
             invocation.asked = ()
@@ -165,20 +167,20 @@ class _Fork(_Function):
             gradients = [None] * len(invocation.crossing.wanted)
         else:
             gradients = _collect(invocation, invocation.backward)
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
+        if not keeps_graph():
             invocation.finish()
         return None, *gradients
 
 
-def _check_versions(invocation: Invocation) -> None:
+def check_versions(args: Sequence[Any] | None, saved: Iterable[int], versions: Iterable[int]) -> None:
     """Raise, as plain PyTorch does, where something that backward needs was changed since forward.
 
-    What `save_for_backward` would do, in a tenth of its time: the invocation holds its arguments anyway.
+    What `save_for_backward` would do, in a tenth of its time: whoever calls this holds the arguments anyway. saved: the
+    arguments that are needed, with the versions that they had; args: None where their backward is over.
     """
-    args = invocation.args
     if args is None:
         raise RuntimeError(SECOND_BACKWARD)
-    for arg, version in zip(invocation.crossing.saved, invocation.versions, strict=True):
+    for arg, version in zip(saved, versions, strict=True):
         if args[arg]._version != version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
@@ -187,7 +189,12 @@ def _check_versions(invocation: Invocation) -> None:
             )
 
 
-class _Join(_Function):
+def keeps_graph() -> bool:
+    """Whether the backward that runs now was asked to keep what it needs, for another one."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+class _Join(Function):
     @staticmethod
     def forward(ctx: Any, token: torch.Tensor, invocation: Invocation) -> tuple[torch.Tensor, ...]:
         ctx.invocation = invocation
@@ -213,7 +220,7 @@ def _publish_gradients(invocation: Invocation, gradients: Sequence[torch.Tensor 
     if invocation.room is None:
         raise RuntimeError(SECOND_BACKWARD)
     owner.read_flags_in_backward()
-    keep = bool(torch._C._autograd._get_current_graph_task_keep_graph())
+    keep = keeps_graph()
     gathering = crossing.gathering(tuple(gradient is not None for gradient in gradients))
     forward = invocation.forward
     if not gathering.links or forward is None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -56,7 +57,15 @@ class Gradients:
 
 
 def trace_gradients(program: Program, inputs: Sequence[TensorMeta | int], state: State) -> Gradients:
-    """Run a program on fake tensors and read off its autograd graph. No memory is used, no kernel runs."""
+    """What autograd will do with a program."""
+    return follow_gradients(build(program), inputs, state)
+
+
+def follow_gradients(function: Callable[..., Sequence[torch.Tensor]], inputs: Sequence[Any], state: State) -> Gradients:
+    """Run a function on fake tensors and read off its autograd graph. No memory is used, no kernel runs.
+
+    inputs: its arguments, with metas in the place of tensors.
+    """
     with torch.inference_mode(False), FakeTensorMode(allow_non_fake_inputs=True):
         values = [x.empty() if isinstance(x, TensorMeta) else x for x in inputs]
         leaves = {id(v): i for i, v in enumerate(values) if isinstance(v, torch.Tensor)}
@@ -70,7 +79,7 @@ def trace_gradients(program: Program, inputs: Sequence[TensorMeta | int], state:
                 saved.add(index)
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept), applied(state):
-            outputs = build(program)(*values)
+            outputs = function(*values)
         reach = [_reachable(output, leaves) for output in outputs]
         return Gradients(tuple(o.requires_grad for o in outputs), tuple(reach), frozenset(saved))
 

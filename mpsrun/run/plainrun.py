@@ -21,7 +21,7 @@ class PlainRun:
     """What has to be known of a graph to run it a second time without a trace.
 
     names, kinds: by argument. written: the arguments whose memory the graph writes. refusal: why it cannot run twice,
-    if so.
+    if so. forward: the graph itself.
     """
 
     def __init__(self, gm: fx.GraphModule, effects: Effects, device: str) -> None:
@@ -35,7 +35,7 @@ class PlainRun:
         self.written = [i for i, node in enumerate(self.placeholders) if facts[node].outputs & writes]
         self.dtypes = {value.dtype for value in effects.values.values() if isinstance(value, torch.Tensor)}
         self.refusal = _refusal(effects, writes)
-        self._forward = gm.forward
+        self.forward = gm.forward
         self._tied = [i for i, node in enumerate(self.placeholders) if facts[node].outputs & (writes | returned)]
 
     def copy(self, args: Sequence[Any]) -> list[Any]:
@@ -48,7 +48,7 @@ class PlainRun:
         """The graph's outputs, and where it leaves the random generators, which are put back."""
         now = generators()
         set_generators(start)
-        outputs = self._forward(*args)
+        outputs = self.forward(*args)
         left = generators()
         set_generators(now)
         return outputs, left

@@ -13,9 +13,10 @@ from mpsrun import log
 from mpsrun.graph.effects import Effects
 from mpsrun.graph.regions import Region
 from mpsrun.plan import memory
-from mpsrun.plan.candidates import Candidate, candidates, forced, forced_streams
+from mpsrun.plan.candidates import Candidate, candidates, forced, forced_captured, forced_streams
 from mpsrun.plan.cost import MACHINES, Costs
 from mpsrun.run import plans, report
+from mpsrun.run.captured import Subject
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.observe import Observation
 from mpsrun.run.options import Options
@@ -62,20 +63,34 @@ class Planner:
         self._gm, self._effects, self._regions, self._kind, self._options = gm, effects, regions, kind, options
         self._summary = summary
         self._uses_lanes = False  # for any sizes
+        self.subject = Subject(gm, effects, kind)
+        if self.subject.refusal and self._may_capture:
+            summary.note(f"it cannot be captured: {self.subject.refusal}")
 
     @property
     def has_streams(self) -> bool:
-        """A CPU has none; there `streams` only shows that nothing else changes."""
-        return self._kind == "cuda" or self._options.lanes == "streams"
+        """A CPU has none; there `streams` only shows that nothing else changes, as `captured` does."""
+        return self._kind == "cuda" or self._options.lanes in ("streams", "captured")
+
+    @property
+    def _may_capture(self) -> bool:
+        return self._options.lanes == "captured" or (self._kind == "cuda" and self._options.lanes == "auto")
+
+    @property
+    def captures(self) -> bool:
+        """Whether this graph can be captured, and may be."""
+        return self._may_capture and self.subject.refusal is None
 
     def candidates(self, workers: Sequence[int], branch_us: _BranchUs | None = None) -> tuple[Candidate, ...]:
         """The plans to choose from with these workers; a forced lane leaves no choice."""
         costs, workers = Costs(MACHINES[self._kind], branch_us or {}), list(workers)[: self._options.workers]
-        if self._options.lanes == "streams":
+        if self._options.lanes == "captured" and self.captures:
+            return (forced_captured(self._regions, costs),)
+        if self._options.lanes in ("streams", "captured"):
             return (forced_streams(self._regions, costs),)
         if self._options.forced:
             return (forced(self._regions, workers, costs),)
-        return candidates(self._regions, workers, costs, self.has_streams)
+        return candidates(self._regions, workers, costs, self.has_streams, self.captures)
 
     def special(self, owner: Coordinator | None, args: Sequence[Any], seen: Observation) -> Special:
         """The plans for the sizes of these arguments: one that is forced or pinned, or several to tune."""

@@ -65,6 +65,11 @@ def open_sides(device: torch.device, inputs: LaneValues) -> Sides:
     return CudaSides(device, inputs) if device.type == "cuda" else OneOrder()
 
 
+def side_streams(device: torch.device) -> list[torch.cuda.Stream]:
+    """Those of a device that were used so far."""
+    return [stream for (where, _), stream in _streams.items() if where == device]
+
+
 def _stream(device: torch.device, lane: int) -> torch.cuda.Stream:
     key = device, lane
     if key not in _streams:

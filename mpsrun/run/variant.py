@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from mpsrun.errors import NotShippable
@@ -15,10 +16,12 @@ from mpsrun.plan.lanes import LEAD
 from mpsrun.plan.plan import Assignment, Plan
 from mpsrun.run import report
 from mpsrun.run.binding import Binding
+from mpsrun.run.captured import Captured, Subject
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.crossing import Crossing
 from mpsrun.run.lower import Lowered, lower
 from mpsrun.run.observe import Observation
+from mpsrun.run.recorder import recorder
 from mpsrun.run.specialize import Cutter
 
 
@@ -26,13 +29,15 @@ from mpsrun.run.specialize import Cutter
 class Variant:
     """One plan for one set of sizes and modes.
 
-    run: like the graph's `forward`. verified: how many of its calls were compared with plain PyTorch.
+    run: like the graph's `forward`. is_plain: whether it is nothing else. verified: how many of its calls were compared
+    with plain PyTorch.
     """
 
     run: Callable[..., Any]
     binding: Binding
     crossings: list[Crossing]
     reports: list[report.RegionReport]
+    is_plain: bool
     ready: bool = False
     verified: int = 0
 
@@ -52,10 +57,11 @@ class Maker:
         effects: Effects,
         regions: Sequence[Region],
         coordinator: Coordinator | None,
+        subject: Subject,
         summary: report.Graph,
     ) -> None:
         self._gm, self._effects, self._regions = gm, effects, regions
-        self._summary = summary
+        self._subject, self._summary = subject, summary
         self._cutter = Cutter(coordinator, effects, list(gm.graph.output_node().all_input_nodes))
         self._position: Mapping[fx.Node, int] = {
             node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))
@@ -77,7 +83,14 @@ class Maker:
             regions, run, strands = [], self._gm.forward, []
         reports = [self._summary.accept(r.region, r.lanes, r.cut.jobs) for r in regions]
         binding = Binding(strands, self._position)
-        return Variant(run, binding, [strand.crossing for strand in strands], reports)
+        captured = plan.captured and not strands
+        if captured:
+            run = Captured(self._subject, run, recorder(self._device(args)))
+        return Variant(run, binding, [strand.crossing for strand in strands], reports, not reports and not captured)
+
+    def _device(self, args: Sequence[Any]) -> torch.device:
+        """The one of the graph's tensors: a graph of several is not captured."""
+        return next(arg.device for arg in args if isinstance(arg, torch.Tensor))
 
     def _cut_all(self, plan: Plan, seen: Observation) -> list[Lowered]:
         """The regions that leave, outer ones first; a branch that left takes its inner regions along."""

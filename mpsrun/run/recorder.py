@@ -1,0 +1,120 @@
+"""Recordings: what a function submits to a GPU, kept as a CUDA graph that is replayed without its Python.
+
+A recording runs in memory of its own, that of one pool a process. Its results are the same tensors in every replay, and
+hold what the last one computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+
+from mpsrun.run.streams import side_streams
+
+Function = Callable[[], Any]
+
+
+class Recording(Protocol):
+    """A function that was recorded."""
+
+    def replay(self) -> Any:
+        """Submit its work to the current stream; returns the function's results, which the next replay overwrites."""
+
+
+class Recorder(Protocol):
+    """Makes recordings on one device."""
+
+    def record(self, function: Function) -> Recording:
+        """Record what `function` submits, which is not computed yet. Raises whatever keeps it from being recorded."""
+
+
+class CudaRecorder:
+    """Records CUDA graphs, all on one stream and into one pool of memory.
+
+    Recordings may share a pool since their replays follow each other: `replay` puts them in order across streams.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._last = self._stream  # that of the last replay
+
+    def record(self, function: Function) -> Recording:
+        """Other threads go on meanwhile: only what this one does must be fit for a graph."""
+        graph = torch.cuda.CUDAGraph()
+        with _uncollected(), torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                results = function()
+                self._join_sides()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # of a capture that has failed already
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        return _CudaRecording(self, graph, results)
+
+    def _join_sides(self) -> None:
+        """Autograd waits for the streams that gradients come from, not for those of what nobody needed."""
+        for stream in side_streams(self._device):
+            with torch.cuda.stream(stream):
+                forked = torch.cuda.is_current_stream_capturing()
+            if forked:
+                self._stream.wait_stream(stream)
+
+    def replay(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Submit a graph to the current stream, behind the last replay of any."""
+        stream = torch.cuda.current_stream(self._device)
+        if stream != self._last:
+            stream.wait_stream(self._last)
+            self._last = stream
+        graph.replay()
+
+
+class _CudaRecording:
+    def __init__(self, owner: CudaRecorder, graph: torch.cuda.CUDAGraph, results: Any) -> None:
+        self._owner, self._graph, self._results = owner, graph, results
+
+    def replay(self) -> Any:
+        self._owner.replay(self._graph)
+        return self._results
+
+
+class Repeater:
+    """A CPU has no graphs: a replay calls the function again. Everything around a recording is the same."""
+
+    def record(self, function: Function) -> Recording:
+        """Nothing is computed yet."""
+        return _Repeated(function)
+
+
+class _Repeated:
+    def __init__(self, function: Function) -> None:
+        self._function = function
+
+    def replay(self) -> Any:
+        return self._function()
+
+
+@functools.cache
+def recorder(device: torch.device) -> Recorder:
+    """The recorder of a device."""
+    return CudaRecorder(device) if device.type == "cuda" else Repeater()
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection: it may destroy an older graph, which would end the capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,206 @@
+"""Captured lanes on a GPU: what is replayed is what plain PyTorch computes, call after call."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from networks import SMALL, Three, why_not_here
+from torch import Tensor, nn
+from transparency import assert_same, moved, trained
+
+from mpsrun.run import report
+from mpsrun.run.backend import mpsrun
+from mpsrun.run.captured import Captured
+from mpsrun.run.recorder import CudaRecorder
+from mpsrun.run.streams import CudaSides
+
+pytestmark = pytest.mark.gpu
+EXACT = {"rtol": 1e-9, "atol": 1e-11}
+LONG = 20_000_000  # cycles of the GPU: some 10 ms
+
+
+@pytest.fixture(autouse=True)
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Captured]:
+    """All captured graphs of a test."""
+    found: list[Captured] = []
+    make = Captured.__init__
+
+    def noted(self: Captured, *args: object) -> None:
+        make(self, *args)
+        found.append(self)
+
+    monkeypatch.setattr(Captured, "__init__", noted)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    report.graphs.clear()
+    return found
+
+
+def on_captured(model: nn.Module) -> nn.Module:
+    model.compile(backend=mpsrun, options={"lanes": "captured"})
+    return model
+
+
+@pytest.fixture(params=["as it is", "slow sides"])
+def sides(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Side streams that start late, in every replay, would show a main stream that does not wait."""
+    use = CudaSides.use
+
+    def late(self: CudaSides, lane: int) -> None:
+        use(self, lane)
+        if lane:
+            torch.cuda._sleep(LONG)
+
+    if request.param == "slow sides":
+        monkeypatch.setattr(CudaSides, "use", late)
+
+
+@pytest.mark.parametrize("name", [name for name, case in SMALL.items() if case.regions])
+def test_small_networks(daemon: None, made: list[Captured], sides: None, name: str) -> None:
+    if reason := why_not_here(name):
+        pytest.skip(reason)
+    case = SMALL[name]
+    torch.manual_seed(0)
+    plain = trained(case.model().to("cuda", torch.float64))
+    fast = trained(on_captured(copy.deepcopy(plain.model)))
+    with torch._dynamo.config.patch(allow_rnn=True):
+        for step in range(5):
+            given = tuple(moved(x, "cuda", torch.float64) for x in case.inputs())
+            assert_same(fast.step(given, step), plain.step(given, step), f"step {step}", EXACT)
+    assert [graph.replays for graph in made] == [3]
+
+
+def losses(model: nn.Module, steps: int, autocast: torch.dtype | None = None, seed: int = 0) -> list[float]:
+    """A loop that keeps its last loss, as most do."""
+    torch.manual_seed(seed)
+    generator = torch.Generator("cuda").manual_seed(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    dtype = next(model.parameters()).dtype
+    found = []
+    for _ in range(steps):
+        x = torch.randn(16, 6, device="cuda", generator=generator, dtype=dtype)
+        optimizer.zero_grad()
+        with torch.autocast("cuda", autocast or torch.bfloat16, enabled=autocast is not None):
+            loss = model(x).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+class Noisy(nn.Module):
+    """Branches that draw random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Three(64)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.drop(x)) + self.drop(x).sum()
+
+
+@pytest.mark.parametrize("make", [lambda: Three(64), Noisy], ids=["three", "dropout"])
+def test_loss_curve_is_the_plain_one(daemon: None, made: list[Captured], make: Callable[[], nn.Module]) -> None:
+    """Random numbers, too: the generator moves as in plain PyTorch."""
+    torch.manual_seed(0)
+    plain = make().to("cuda", torch.float64)
+    fast = on_captured(copy.deepcopy(plain))
+    assert losses(fast, 20) == pytest.approx(losses(plain, 20), rel=1e-9)
+    assert made[0].replays == 18
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(daemon: None, made: list[Captured], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    plain = Three(64).to("cuda")
+    fast = on_captured(copy.deepcopy(plain))
+    assert losses(fast, 20, dtype) == pytest.approx(losses(plain, 20, dtype), rel=1e-3)
+    assert made[0].replays == 18
+
+
+def test_habits(daemon: None, made: list[Captured]) -> None:
+    """Two forwards before a backward, kept graphs, gradients of gradients, evaluation, other streams, moved weights."""
+    torch.manual_seed(0)
+    plain = Three(16).to("cuda", torch.float64)
+    fast = on_captured(copy.deepcopy(plain))
+    generator = torch.Generator("cuda").manual_seed(2)
+    for turn in range(4):
+        batches = [torch.randn(5, 6, device="cuda", dtype=torch.float64, generator=generator) for _ in range(3)]
+        found, wanted = (habits(model, batches, turn) for model in (fast, plain))
+        for i, (a, b) in enumerate(zip(found, wanted, strict=True)):
+            torch.testing.assert_close(a, b, msg=lambda text, at=(turn, i): f"{at}: {text}", **EXACT)
+    assert sum(graph.replays for graph in made) >= 8
+
+
+def habits(model: nn.Module, batches: list[Tensor], turn: int) -> list[Tensor]:
+    model.zero_grad(set_to_none=bool(turn % 2))
+    first, second, third = (batch.clone().requires_grad_() for batch in batches)
+    a, b = model(first), model(second)
+    (a * b).sum().backward()
+    c = model(third)
+    c.sum().backward(retain_graph=True)
+    c.square().sum().backward()
+    (slope,) = torch.autograd.grad(model(third).square().sum(), third, create_graph=True)
+    slope.square().sum().backward()
+    with torch.no_grad():
+        evaluated = model(first)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        model(first).sum().backward()
+    torch.cuda.current_stream().wait_stream(side)
+    found = [a, b, c, evaluated, first.grad, second.grad, third.grad]
+    found += [p.grad.clone() for p in model.parameters()] + [buffer.clone() for buffer in model.buffers()]
+    if turn == 2:
+        for p in model.parameters():
+            p.data = p.data * 0.5
+    return [tensor.detach() for tensor in found]
+
+
+def test_a_host_sync_runs_uncaptured(daemon: None, made: list[Captured], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a capture does not allow leaves the GPU, the generator and the network as they were."""
+    use = CudaSides.use
+
+    def waiting(self: CudaSides, lane: int) -> None:
+        use(self, lane)
+        torch.cuda.synchronize()
+
+    monkeypatch.setattr(CudaSides, "use", waiting)
+    torch.manual_seed(0)
+    plain = Three(64).to("cuda", torch.float64)
+    fast = on_captured(copy.deepcopy(plain))
+    assert losses(fast, 6) == pytest.approx(losses(plain, 6), rel=1e-9)
+    assert made[0].replays == 0
+
+
+def test_a_backward_that_cannot_be_captured(
+    daemon: None, made: list[Captured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs op by op, in the memory of the recording."""
+    record = CudaRecorder.record
+    calls: list[object] = []
+
+    def once(self: CudaRecorder, function: Callable[[], object]) -> object:
+        calls.append(function)
+        if len(calls) > 1:
+            raise torch.OutOfMemoryError("no memory for a recording")
+        return record(self, function)
+
+    monkeypatch.setattr(CudaRecorder, "record", once)
+    torch.manual_seed(0)
+    plain = Three(64).to("cuda", torch.float64)
+    fast = on_captured(copy.deepcopy(plain))
+    assert losses(fast, 8) == pytest.approx(losses(plain, 8), rel=1e-9)
+    assert made[0].replays == 6
+    assert len(calls) == 2
+
+
+def test_memory_stays_flat(daemon: None, made: list[Captured]) -> None:
+    fast = on_captured(Three(64).to("cuda"))
+    losses(fast, 10)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    losses(fast, 200)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= before + 1024

@@ -1,0 +1,288 @@
+"""Captured lanes: everything around a recording. On a CPU a replay computes anew; what is recorded is for tests/gpu."""
+
+import copy
+import gc
+from collections.abc import Callable
+
+import pytest
+import torch
+from networks import SMALL, Three, why_not_here
+from torch import Tensor, nn
+from transparency import assert_same, moved, trained
+
+from mpsrun.run import backend, captured, report
+from mpsrun.run.captured import Captured
+
+EXACT = {"rtol": 1e-9, "atol": 1e-11}
+TWICE = "backward through the graph a second time"
+
+
+@pytest.fixture(autouse=True)
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Captured]:
+    """All captured graphs of a test."""
+    found: list[Captured] = []
+    make = Captured.__init__
+
+    def noted(self: Captured, *args: object) -> None:
+        make(self, *args)
+        found.append(self)
+
+    monkeypatch.setattr(Captured, "__init__", noted)
+    torch._dynamo.reset()
+    report.graphs.clear()
+    return found
+
+
+def on_captured(model: nn.Module) -> nn.Module:
+    model.compile(backend=backend.mpsrun, options={"lanes": "captured"})
+    return model
+
+
+class Pair:
+    """The same network plain and captured, both past their first calls."""
+
+    def __init__(self, make: Callable[[], nn.Module] = lambda: Three(8)) -> None:
+        torch.manual_seed(0)
+        self.plain = make().double()
+        self.fast = on_captured(copy.deepcopy(self.plain))
+        for _ in range(3):
+            self.both(lambda model: model(inputs()).square().sum().backward())
+
+    def both(self, use: Callable[[nn.Module], object]) -> None:
+        """Do the same with both and compare what it returns, all gradients and all buffers."""
+        results = []
+        for model in (self.plain, self.fast):
+            torch.manual_seed(1)
+            result = use(model)
+            results.append([result] if isinstance(result, Tensor) else list(result or ()))
+        for found, wanted in zip(results[1], results[0], strict=True):
+            torch.testing.assert_close(found, wanted, **EXACT)
+        for p, q in zip(self.fast.parameters(), self.plain.parameters(), strict=True):
+            assert (p.grad is None) == (q.grad is None)
+            if p.grad is not None:
+                torch.testing.assert_close(p.grad, q.grad, **EXACT)
+        for p, q in zip(self.fast.buffers(), self.plain.buffers(), strict=True):
+            torch.testing.assert_close(p, q, **EXACT)
+
+
+def inputs(seed: int = 1, rows: int = 5) -> Tensor:
+    return torch.randn(rows, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", [name for name, case in SMALL.items() if case.regions])
+def test_small_networks(made: list[Captured], name: str) -> None:
+    if reason := why_not_here(name):
+        pytest.skip(reason)
+    case = SMALL[name]
+    torch.manual_seed(0)
+    plain = trained(case.model().double())
+    fast = trained(on_captured(copy.deepcopy(plain.model)))
+    with torch._dynamo.config.patch(allow_rnn=True):
+        for step in range(5):
+            given = tuple(moved(x, "cpu", torch.float64) for x in case.inputs())
+            assert_same(fast.step(given, step), plain.step(given, step), f"step {step}", EXACT)
+    assert [graph.replays for graph in made] == [3]
+
+
+def test_several_forwards_before_a_backward(made: list[Captured]) -> None:
+    pair = Pair()
+    before = made[0].replays
+
+    def siamese(model: nn.Module) -> Tensor:
+        first, second = model(inputs(2)), model(inputs(3))
+        (first * second).sum().backward()
+        return first
+
+    pair.both(siamese)
+    assert made[0].replays == before + 1
+
+
+def test_outputs_stay_valid(made: list[Captured]) -> None:
+    pair = Pair()
+
+    def keep(model: nn.Module) -> list[Tensor]:
+        kept = []
+        for seed in range(3):
+            output = model(inputs(seed))
+            output.sum().backward()
+            kept.append(output.detach())
+        return kept
+
+    pair.both(keep)
+    assert made[0].replays == 4
+
+
+def test_loss_kept_from_the_last_step(made: list[Captured]) -> None:
+    """A loop's variables hold the last step's graph while the next one is computed."""
+    pair = Pair()
+    loss = pair.fast(inputs()).sum()
+    loss.backward()
+    before = made[0].replays
+    again = pair.fast(inputs()).sum()
+    assert made[0].replays == before + 1
+    assert loss.grad_fn is not again.grad_fn
+
+
+def test_retain_graph_and_a_second_backward() -> None:
+    def twice(model: nn.Module) -> Tensor:
+        output = model(inputs())
+        output.sum().backward(retain_graph=True)
+        output.square().sum().backward()
+        with pytest.raises(RuntimeError, match=TWICE):
+            output.sum().backward()
+        return output
+
+    Pair().both(twice)
+
+
+def test_a_graph_that_is_kept_is_not_overwritten(made: list[Captured]) -> None:
+    def kept(model: nn.Module) -> Tensor:
+        first = model(inputs(2))
+        first.sum().backward(retain_graph=True)
+        model(inputs(3)).sum().backward()
+        first.square().sum().backward()
+        return first
+
+    pair = Pair()
+    before = made[0].replays
+    pair.both(kept)
+    assert made[0].replays == before + 1
+
+
+def test_a_graph_that_is_dropped_frees_the_recording(made: list[Captured]) -> None:
+    pair = Pair()
+    before = made[0].replays
+    output = pair.fast(inputs())
+    del output
+    gc.collect()
+    pair.fast(inputs())
+    assert made[0].replays == before + 2
+
+
+def test_gradients_of_inputs_and_of_gradients() -> None:
+    def penalty(model: nn.Module) -> list[Tensor]:
+        x = inputs().requires_grad_()
+        (first,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        first.norm().backward()
+        return [first.detach(), x.grad]
+
+    Pair().both(penalty)
+
+
+def test_gradients_accumulate() -> None:
+    def accumulate(model: nn.Module) -> None:
+        for seed in range(3):
+            model(inputs(seed)).square().sum().backward()
+
+    Pair().both(accumulate)
+
+
+def test_evaluation_between_steps(made: list[Captured]) -> None:
+    def evaluate(model: nn.Module) -> list[Tensor]:
+        found = []
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                found += [model(inputs(seed)).clone() for seed in range(4)]
+        model(inputs()).sum().backward()
+        return found
+
+    Pair().both(evaluate)
+    assert [graph.replays for graph in made] == [2, 2, 2]
+
+
+def test_weights_changed_between_forward_and_backward() -> None:
+    def change(model: nn.Module) -> None:
+        output = model(inputs())
+        with torch.no_grad():
+            model.paths[0][2].weight.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+        model.zero_grad()  # plain PyTorch has those of the layers behind it by then
+
+    Pair(lambda: Deep(6)).both(change)
+
+
+class Deep(nn.Module):
+    """Two branches of two layers, so that weights are needed in backward."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.paths = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width)) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.tanh()
+        return torch.cat([path(y) for path in self.paths], 1)
+
+
+def test_parameters_that_move(made: list[Captured]) -> None:
+    pair = Pair()
+
+    def move(model: nn.Module) -> Tensor:
+        for p in model.parameters():
+            p.data = p.data.clone() * 2
+        output = model(inputs())
+        output.sum().backward()
+        return output
+
+    pair.both(move)
+    for _ in range(captured.MOST_RECORDINGS + 1):
+        pair.both(move)
+    assert made[0].replays == captured.MOST_RECORDINGS, "after so many moves it is not recorded again"
+
+
+def test_freezing(made: list[Captured]) -> None:
+    def freeze(model: nn.Module) -> Tensor:
+        for p in list(model.parameters())[:2]:
+            p.requires_grad_(not p.requires_grad)
+        model.zero_grad()
+        for _ in range(3):
+            output = model(inputs())
+            output.square().sum().backward()
+        return output
+
+    pair = Pair()
+    pair.both(freeze)
+    pair.both(freeze)
+
+
+def test_settings_are_followed(made: list[Captured]) -> None:
+    pair = Pair()
+    before = made[0].replays
+    with torch.backends.mkldnn.flags(enabled=False):
+        pair.both(lambda model: model(inputs()).sum().backward())
+        assert made[0].replays == before, "the first call under other settings runs as it is"
+        pair.both(lambda model: model(inputs()).sum().backward())
+        assert made[0].replays == before + 1
+
+
+def test_what_cannot_be_recorded_runs_uncaptured(made: list[Captured], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def record(self, function: Callable[[], object]) -> None:
+            raise torch.OutOfMemoryError("no memory for a recording")
+
+    monkeypatch.setattr("mpsrun.run.variant.recorder", lambda device: Full())
+    pair = Pair()
+    pair.both(lambda model: model(inputs()).sum().backward())
+    assert made[0].replays == 0
+
+
+def test_input_written_in_place_is_refused(made: list[Captured]) -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = Three(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x.mul_(2))
+
+    def use(model: nn.Module) -> Tensor:
+        x = inputs()
+        output = model(x)
+        output.sum().backward()
+        return x
+
+    Pair(Writes).both(use)
+    assert made == []
+    assert any("writes its input" in text for graph in report.graphs for text in graph.refusals)
