@@ -15,7 +15,7 @@ Call = Callable[..., Any]
 AUTO = "mpsrun auto"
 FORCED = ("mpsrun serial", "mpsrun streams", "mpsrun captured", "mpsrun workers")
 WARM_UP_STEPS = 6
-TUNING_STEPS = 100  # `auto` tries its candidates on these
+MOST_WARM_UP_STEPS = 1000  # `auto` waits until the workers are ready, then tries its candidates
 
 
 def eager(model: nn.Module, _inputs: Sequence[Tensor], _bf16: bool) -> Call:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import Case
-from benchmarks.engines import AUTO, ENGINES, TUNING_STEPS, WARM_UP_STEPS
+from benchmarks.engines import ENGINES, MOST_WARM_UP_STEPS, WARM_UP_STEPS
+from mpsrun.run import report
 
 
 def device() -> str:
@@ -36,7 +37,7 @@ class Stepper:
             self._batch = [given.pin_memory() for given in self._batch]
         on_device = [given.to(device()) for given in self._batch]
         self._call = ENGINES[engine](self.model, on_device, case.of.bf16)
-        self.warm_up_steps = TUNING_STEPS if engine == AUTO else WARM_UP_STEPS
+        self.warm_up_steps = WARM_UP_STEPS
 
     def step(self) -> Tensor:
         """Copy the batch, forward, loss, backward; returns the loss, which nobody has waited for."""
@@ -52,7 +53,11 @@ class Stepper:
 
     def warm_up(self) -> float:
         """The first steps, with everything that is compiled, started and tuned in them; returns seconds."""
-        return self.time_steps(self.warm_up_steps) * self.warm_up_steps / 1e3
+        seconds = self.time_steps(self.warm_up_steps) * self.warm_up_steps / 1e3
+        while self.warm_up_steps < MOST_WARM_UP_STEPS and any(graph.undecided for graph in report.graphs):
+            seconds += self.time_steps(WARM_UP_STEPS) * WARM_UP_STEPS / 1e3
+            self.warm_up_steps += WARM_UP_STEPS
+        return seconds
 
     def time_steps(self, steps: int) -> float:
         """Milliseconds a step."""

@@ -387,6 +387,18 @@ class Three(nn.Module):
         return self.head(torch.cat([path(x) for path in self.paths], 1))
 
 
+class Masks(nn.Module):
+    """A worker's result without gradient, which the lead keeps for its backward; a region with slots as large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(12, 2)
+
+    def forward(self, x: Tensor, classes: Tensor) -> Tensor:
+        y = torch.sigmoid(x) * (classes * 0.125).cos().exp().sin().exp()
+        return self.head(torch.cat([y.tanh(), y.cos().sin().exp().sin()], 1))
+
+
 def sequences() -> tuple[Tensor, ...]:
     return (torch.randn(3, 7, 4),)
 
@@ -418,6 +430,7 @@ SMALL = {
     "frozen": Case(Frozen, rows, (3,)),
     "constants": Case(Constants, rows, (2,)),
     "channels last": Case(ChannelsLast, images, (2, 2)),
+    "masks": Case(Masks, lambda: (*rows(), torch.randint(0, 11, (5, 6))), (2, 2), forward_only=(0,)),
     "modes inside": Case(ModesInside, rows, (2,)),
 }
 

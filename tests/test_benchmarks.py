@@ -63,7 +63,7 @@ def test_engines_take_turns_and_compute_the_same(workers: Coordinator, monkeypat
         assert 0 < low <= median <= high
     assert cells["mpsrun workers"]["regions on lanes"] == 1
     assert cells["mpsrun serial"]["regions on lanes"] == 0
-    assert cells["mpsrun auto"]["set-up"]["steps"] == 100
+    assert cells["mpsrun auto"]["set-up"]["steps"] == 6
     for engine in [*cells][1:]:
         assert cells[engine]["deviation"]["loss"] < 1e-5
         assert cells[engine]["deviation"]["gradients"] < 1e-5

@@ -259,6 +259,8 @@ def test_settings_are_followed(made: list[Captured]) -> None:
 
 def test_what_cannot_be_recorded_runs_uncaptured(made: list[Captured], monkeypatch: pytest.MonkeyPatch) -> None:
     class Full:
+        era = 0
+
         def record(self, function: Callable[[], object]) -> None:
             raise torch.OutOfMemoryError("no memory for a recording")
 

@@ -37,7 +37,8 @@ MOST_RECORDINGS = 4
 # Each of them keeps the activations of a call.
 MOST_SIZES = 8
 
-_Settings = tuple[Flags, State]
+# What a recording was made under and cannot be changed afterwards; the era of the recorder.
+_Settings = tuple[Flags, State, int]
 
 
 class Subject:
@@ -99,7 +100,7 @@ class Captured:
             self._lock.release()
 
     def _body_for(self, args: tuple[Any, ...]) -> _Body | None:
-        body, settings = self._body, _settings(self._subject.kind)
+        body, settings = self._body, (modes.flags(), modes.ambient(self._subject.kind), self._recorder.era)
         if body is not None and body.settings == settings and body.fits(args):
             return None if body.is_busy else body
         if self._recordings >= MOST_RECORDINGS or settings != self._settings:
@@ -129,11 +130,6 @@ class Captured:
         result = self._run(*args)
         self._bumps = {i: args[i]._version - version for i, version in before.items() if args[i]._version > version}
         return result
-
-
-def _settings(kind: str) -> _Settings:
-    """What a recording was made under and cannot be changed afterwards."""
-    return modes.flags(), modes.ambient(kind)
 
 
 @dataclass(eq=False)
@@ -272,7 +268,7 @@ class _Body:
         given = [gradient for gradient in gradients if gradient is not None]
         if not present:
             found: Sequence[torch.Tensor | None] = [None] * len(self._wanted)
-        elif call.generation != self._generation or torch.is_grad_enabled() or modes.transformed(*given):
+        elif not self._holds(call) or torch.is_grad_enabled() or modes.transformed(*given):
             found = self._plainly(call, present, given)
         else:
             found = self._replay_backward(present, given)
@@ -281,6 +277,10 @@ class _Body:
             if len(present) == sum(self.differentiable):
                 call.args = None
         return [*found]
+
+    def _holds(self, call: _Call) -> bool:
+        """Whether the memory of the recording is that of this call, and can be computed with."""
+        return call.generation == self._generation and self._recorder.era == self.settings[2]
 
     def _plainly(
         self, call: _Call, present: Sequence[int], given: Sequence[torch.Tensor]

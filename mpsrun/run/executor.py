@@ -10,6 +10,7 @@ import torch
 
 from mpsrun.device import Chunk, Device
 from mpsrun.device.arena import Room
+from mpsrun.errors import MpsrunError
 from mpsrun.graph.program import Program, State, build
 from mpsrun.graph.state import applied
 from mpsrun.wire.messages import Backward, Forward, Place, Prepare, Rng, Slot
@@ -20,7 +21,8 @@ class Job:
     """A program with its parameters and buffers bound.
 
     Buffers that the program writes are worked on in a private copy, whose new values go into the slot: a job has no
-    side effect, so that it can be run again by somebody else.
+    side effect, so that it can be run again by somebody else. unbound: why the tensors that it was bound to are gone,
+    if they are.
     """
 
     program: Program
@@ -28,12 +30,17 @@ class Job:
     statics: dict[int, torch.Tensor] = field(default_factory=dict)
     private: dict[int, torch.Tensor] = field(default_factory=dict)
     values: list[Any] = field(default_factory=list)
+    unbound: str | None = None
 
     def bind(self, statics: dict[int, torch.Tensor]) -> None:
         """Use these tensors, by input index; a parameter that wants a gradient is a leaf with `requires_grad`."""
-        self.statics = statics
+        self.statics, self.unbound = statics, None
         self.private = {i: statics[i].detach().clone() for i in self.program.writes}
         self.values = [self.private.get(i, statics.get(i)) for i in range(len(self.program.inputs))]
+
+    def unbind(self, reason: str) -> None:
+        """Its tensors are gone: it cannot run before it is bound again."""
+        self.statics, self.private, self.values, self.unbound = {}, {}, [], reason
 
 
 @dataclass(eq=False)
@@ -94,6 +101,8 @@ class Executor:
         self, layout: Prepare, inputs: Sequence[torch.Tensor], state: State, rng: Rng | None
     ) -> tuple[Sequence[torch.Tensor], dict[int, torch.Tensor]]:
         job = self.jobs[layout.job]
+        if job.unbound is not None:
+            raise MpsrunError(f"expected the parameters of job {layout.job}, found them gone: {job.unbound}")
         values = list(job.values)
         for place, tensor in zip(layout.inputs, inputs, strict=True):
             values[place.index] = tensor.detach().requires_grad_(place.requires_grad)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -29,6 +30,8 @@ class Recording(Protocol):
 class Recorder(Protocol):
     """Makes recordings on one device."""
 
+    era: int  # recordings of another era are not to be replayed
+
     def record(self, function: Function) -> Recording:
         """Record what `function` submits, which is not computed yet. Raises whatever keeps it from being recorded."""
 
@@ -40,15 +43,19 @@ class CudaRecorder:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self.era = 0
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
+        self._alive: weakref.WeakSet[_CudaRecording] = weakref.WeakSet()
         self._last = self._stream  # that of the last replay
 
     def record(self, function: Function) -> Recording:
         """Other threads go on meanwhile: only what this one does must be fit for a graph."""
+        if not self._alive:  # a pool ends with its last graph
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with _uncollected(), torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+        with _uncollected(), torch.cuda.device(self._device), torch.cuda.stream(self._stream), self._cleaning_up():
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 results = function()
@@ -58,7 +65,28 @@ class CudaRecorder:
                     graph.capture_end()
                 raise
             graph.capture_end()
-        return _CudaRecording(self, graph, results)
+        recording = _CudaRecording(self, graph, results)
+        self._alive.add(recording)
+        return recording
+
+    @contextlib.contextmanager
+    def _cleaning_up(self) -> Iterator[None]:
+        """After a failure, what torch leaves in the state of a capture: its allocator, and its generator.
+
+        The generator gets a new state, in the same place of the same sequence, which older recordings do not move.
+        """
+        source = torch.cuda.default_generators[self._device.index]
+        seed, offset = source.initial_seed(), source.get_offset()
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # where it has ended
+                torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+            fresh = torch.Generator(self._device).manual_seed(seed)
+            fresh.set_offset(offset)
+            source.graphsafe_set_state(fresh)
+            self.era += 1
+            raise
 
     def _join_sides(self) -> None:
         """Autograd waits for the streams that gradients come from, not for those of what nobody needed."""
@@ -88,6 +116,8 @@ class _CudaRecording:
 
 class Repeater:
     """A CPU has no graphs: a replay calls the function again. Everything around a recording is the same."""
+
+    era = 0
 
     def record(self, function: Function) -> Recording:
         """Nothing is computed yet."""

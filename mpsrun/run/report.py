@@ -43,7 +43,8 @@ class RegionReport:
 class Graph:
     """One compiled graph: its regions on lanes, its refusals with their reasons, how often it ran on lanes.
 
-    plain: nothing of it will ever leave the lead. declined: those of the refusals that are the plan's.
+    plain: nothing of it will ever leave the lead. declined: those of the refusals that are the plan's. undecided: what
+    it is called with where its plans are still being tried.
     """
 
     plain: bool = False
@@ -51,6 +52,7 @@ class Graph:
     refusals: list[str] = field(default_factory=list)
     declined: list[str] = field(default_factory=list)
     calls: int = 0
+    undecided: set[str] = field(default_factory=set)
 
     def note(self, reason: str) -> None:
         """Why this graph, or a branch of it, uses no lane."""

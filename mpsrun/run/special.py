@@ -131,6 +131,7 @@ class Planner:
         epoch = special.epoch
 
         def decided(chosen: int) -> None:
+            self._summary.undecided.discard(special.description)
             self._chosen(special, chosen)
             if owner is None or owner.epoch == epoch:  # what a lost worker left to choose from is not for other runs
                 self._cache(special, chosen)
@@ -141,6 +142,8 @@ class Planner:
             log.say(f"{special.description}: {special.candidates[known[0]].name}, which an earlier run found best")
             tuning.settle(known[0])
             self._chosen(special, known[0])
+        else:
+            self._summary.undecided.add(special.description)
         return tuning
 
     def _chosen(self, special: Special, chosen: int) -> None:

@@ -204,7 +204,7 @@ class Cutter:
             outputs=tuple(outputs),
             differentiable=tuple(d for part in parts for d in part.gradients.differentiable),
             escapes=tuple(
-                self._escapes(node) or (grad and not differentiable)
+                self._escapes(node) or (torch.is_grad_enabled() and not differentiable)
                 for part in parts
                 for node, differentiable in zip(part.outputs, part.gradients.differentiable, strict=True)
             ),
@@ -257,6 +257,8 @@ class Cutter:
 
     def _escapes(self, node: fx.Node) -> bool:
         """Whether a value may still be read when its region's backward is over, or without autograd at all.
+
+        Others may save what has no gradient of its own, for a backward that this region has no part in.
 
         What ends in several outputs of the graph can be differentiated in parts: one part's backward gives the slot
         back, and the other would read it later.

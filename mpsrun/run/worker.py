@@ -31,6 +31,7 @@ class Worker:
         self._device: Device | None = None
         self._executor: Executor | None = None
         self._chunks: dict[int, Chunk] = {}
+        self._gone: dict[int, str] = {}  # chunks that could not be mapped, and why
         self._submitted = self._done = 0
         self._spin_s = 0.0
         self._forwards: collections.Counter[int] = collections.Counter()
@@ -60,7 +61,7 @@ class Worker:
             case m.Drop():
                 self.executor.drop(message.invocations)
             case m.Map():
-                self._chunks[message.chunk.id] = self.device.open_chunk(message.chunk)
+                self._open(message.chunk)
             case m.Unmap():
                 self._unmap(message.chunks)
             case m.Load():
@@ -108,21 +109,33 @@ class Worker:
         chunk = self._chunks[handle.id] = self.device.open_chunk(handle)
         return chunk
 
+    def _open(self, handle: ChunkHandle) -> None:
+        """Map memory, unless it is gone again: the lead, which is ahead, may have dropped the network since."""
+        try:
+            self._map(handle)
+        except MpsrunError as error:
+            self._gone[handle.id] = str(error)
+
     def _unmap(self, chunks: list[int]) -> None:
         self.device.synchronize()  # what is queued may still read there
         for chunk in chunks:
-            self.device.close_chunk(self._chunks.pop(chunk))
+            if self._gone.pop(chunk, None) is None:
+                self.device.close_chunk(self._chunks.pop(chunk))
 
     def _bind(self, message: m.Bind) -> None:
         statics = {}
         for static in message.statics:
+            if static.tensor.chunk in self._gone:
+                self.executor.jobs[message.job].unbind(self._gone[static.tensor.chunk])
+                return
             tensor = typed_view(self._chunks[static.tensor.chunk], static.tensor)
             statics[static.input] = tensor.requires_grad_(static.requires_grad)
         self.executor.jobs[message.job].bind(statics)
 
     def _prepare(self, message: m.Prepare) -> None:
         self.executor.layouts[message.layout] = message
-        self.executor.warm_up(message)
+        if self.executor.jobs[message.job].unbound is None:
+            self.executor.warm_up(message)
         self.channel.send(m.Prepared(self.index, message.layout))
 
     def _step(self, message: m.Forward | m.Backward) -> None:
