@@ -11,8 +11,6 @@ MIN_GAIN = 0.05
 MIN_GAIN_US = 50.0
 # An estimate may be wrong by a factor of two; beyond that no trial is worth its steps.
 ESTIMATE_ERROR = 2.0
-# A side stream costs the lead an event and a wait at the fork and at the join, in forward and in backward.
-STREAM_US = 20.0
 
 
 def longest_first(duration_us: Mapping[int, float], load_us: Mapping[int, float]) -> dict[int, int]:
@@ -81,7 +79,7 @@ def region_us(region: Region, lanes: Sequence[int], costs: Costs, saved_us: Mapp
     launches_us = map(min, costs.launch_us(region), duration_us)  # inner regions may launch elsewhere
     launched_us = sum(us for us, lane in zip(launches_us, lanes, strict=True) if not is_worker(lane))
     crossing = [branch for branch, lane in zip(region.branches, lanes, strict=True) if is_worker(lane)]
-    handing_over_us = crossing_us(crossing, costs.machine) + STREAM_US * sum(map(is_stream, load_us))
+    handing_over_us = crossing_us(crossing, costs.machine) + costs.stream_us * sum(map(is_stream, load_us))
     return max(*load_us.values(), launched_us, sum(costs.busy_us(region))) + handing_over_us
 
 

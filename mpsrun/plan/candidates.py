@@ -45,7 +45,7 @@ def candidates(
     if captures:
         replayed = _Planner(regions, (), costs.captured())
         wanted.append(_captured(replayed.candidate(CAPTURED, lambda _region: Declined("captured as it is"))))
-        wanted.append(forced_captured(regions, costs))
+        wanted += [forced_captured(regions, costs)] if has_streams else []
     optional = planner.worker_candidates()
     if has_streams:
         optional.append(planner.candidate("mixed", planner.fastest))
@@ -135,11 +135,16 @@ class _Planner:
         ]
 
     def on_streams(self, region: Region) -> _Choice:
+        """Every branch that may leave on a side stream, so that none follows another.
+
+        Autograd has the main stream wait for a branch's gradients as soon as they are submitted: the backward of a
+        branch on the main stream, which comes last, would follow that of the others.
+        """
         reason = immovable(region)
         if reason is not None:
             return Declined(reason)
-        side = SIDE_STREAMS[: len(region.branches) - 1]
-        return Assignment(spread(region, side, self._costs, self._nesting[region.index]))
+        side = SIDE_STREAMS[: len(region.branches)]
+        return Assignment(spread(region, side, self._costs, self._nesting[region.index], lead_share=False))
 
     def on_every_worker(self, region: Region) -> _Choice:
         reason = hopeless(region, self._costs)

@@ -29,6 +29,9 @@ MACHINES = {
     "cpu": Machine(launch_us=5.0, flops_per_s=100e9, bytes_per_s=10e9, crossing_us=500.0, cores_shared=True),
 }
 
+# A side stream costs the lead an event and a wait at the fork and at the join, in forward and in backward.
+STREAM_US = 20.0
+
 # Backward does about twice the work of forward.
 FORWARD_AND_BACKWARD = 3
 
@@ -37,15 +40,22 @@ FORWARD_AND_BACKWARD = 3
 class Costs:
     """Microseconds of forward and backward of every branch.
 
-    measured_us: by region index, the time alone of each branch; regions that are not in it are estimated.
+    measured_us: by region index, the time alone of each branch; regions that are not in it are estimated. replayed:
+    nothing is launched by a thread.
     """
 
     machine: Machine
     measured_us: Mapping[int, Sequence[float]] = field(default_factory=dict)
+    replayed: bool = False
 
     def captured(self) -> "Costs":
         """The same work without launching it op by op, which is what was measured."""
-        return Costs(replace(self.machine, launch_us=self.machine.replay_us))
+        return Costs(replace(self.machine, launch_us=self.machine.replay_us), replayed=True)
+
+    @property
+    def stream_us(self) -> float:
+        """What each side stream of a region costs."""
+        return 0.0 if self.replayed else STREAM_US
 
     def branch_us(self, region: Region) -> list[float]:
         """Each branch alone."""
@@ -54,6 +64,8 @@ class Costs:
 
     def launch_us(self, region: Region) -> list[float]:
         """Of each branch, how long a Python thread is busy with launching it."""
+        if self.replayed:
+            return [0.0] * len(region.branches)
         return [
             min(whole, FORWARD_AND_BACKWARD * _launch_us(branch, self.machine))
             for branch, whole in zip(region.branches, self.branch_us(region), strict=True)

@@ -100,6 +100,8 @@ class Captured:
             self._lock.release()
 
     def _body_for(self, args: tuple[Any, ...]) -> _Body | None:
+        if self._body is not None and self._body.failed is not None and not self._body.is_busy:
+            self._give_up(self._body.failed)
         body, settings = self._body, (modes.flags(), modes.ambient(self._subject.kind), self._recorder.era)
         if body is not None and body.settings == settings and body.fits(args):
             return None if body.is_busy else body
@@ -120,7 +122,7 @@ class Captured:
         return self._body
 
     def _give_up(self, error: Exception) -> None:
-        self._recordings = MOST_RECORDINGS
+        self._body, self._recordings = None, MOST_RECORDINGS
         reason = str(error).strip().partition("\n")[0]
         log.say(f"a network cannot be captured, it runs uncaptured ({type(error).__name__}: {reason})")
 
@@ -175,6 +177,7 @@ class _Body:
         self._grad_outputs: dict[int, torch.Tensor] = {}
         self._backwards: dict[tuple[int, ...], Recording | None] = {}
         self._generation = 0
+        self.failed: RuntimeError | None = None  # why its backward cannot be recorded, if so
         self._pending: Callable[[], _Call | None] = lambda: None
         if subject.kind == "cuda":
             torch.cuda.empty_cache()  # nothing can be given back while it is recorded
@@ -320,12 +323,11 @@ class _Body:
         try:
             return self._recorder.record(lambda: self._grad_of(present))
         except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
-            log.say(f"a backward cannot be captured, it runs uncaptured ({type(error).__name__}: {reason})")
+            self.failed = error
             return None
 
     def _grad_of(self, present: Sequence[int]) -> Sequence[torch.Tensor | None]:
-        """Of the last forward. Its graph stays: the next replay fills it anew."""
+        """The gradients of the last forward, whose graph stays: the next replay fills it anew."""
         with torch.autocast(self._subject.kind, enabled=False):
             return torch.autograd.grad(
                 [self._outputs[i] for i in present],

@@ -67,7 +67,8 @@ def test_small_networks(daemon: None, made: list[Captured], sides: None, name: s
         for step in range(5):
             given = tuple(moved(x, "cuda", torch.float64) for x in case.inputs())
             assert_same(fast.step(given, step), plain.step(given, step), f"step {step}", EXACT)
-    assert [graph.replays for graph in made] == [3]
+    # The backward of `prod` waits for the GPU.
+    assert [graph.replays for graph in made] == [1 if name == "batch norm" else 3]
 
 
 def losses(model: nn.Module, steps: int, autocast: torch.dtype | None = None, seed: int = 0) -> list[float]:
@@ -177,7 +178,7 @@ def test_a_host_sync_runs_uncaptured(daemon: None, made: list[Captured], monkeyp
 def test_a_backward_that_cannot_be_captured(
     daemon: None, made: list[Captured], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It runs op by op, in the memory of the recording."""
+    """It runs op by op, in the memory of the recording; later steps run uncaptured."""
     record = CudaRecorder.record
     calls: list[object] = []
 
@@ -192,7 +193,7 @@ def test_a_backward_that_cannot_be_captured(
     plain = Three(64).to("cuda", torch.float64)
     fast = on_captured(copy.deepcopy(plain))
     assert losses(fast, 8) == pytest.approx(losses(plain, 8), rel=1e-9)
-    assert made[0].replays == 6
+    assert made[0].replays == 1
     assert len(calls) == 2
 
 

@@ -12,7 +12,7 @@ from mpsrun.plan.plan import Assignment, Declined, Plan
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 # An op costs 30 us forward and backward.
-GPU = Machine(launch_us=10.0, flops_per_s=1e12, bytes_per_s=1e12, crossing_us=300.0)
+GPU = Machine(launch_us=10.0, flops_per_s=1e12, bytes_per_s=1e12, crossing_us=300.0, replay_us=1.0)
 
 
 def region(
@@ -51,4 +51,4 @@ CHOICES = st.one_of(
     st.lists(st.integers(-(10**9) + 1, 10**9 - 1), min_size=1, max_size=8).map(lambda lanes: Assignment(tuple(lanes))),
     LINES.map(Declined),
 )
-PLANS = st.dictionaries(st.integers(0, 10**9 - 1), CHOICES, max_size=5).map(Plan)
+PLANS = st.builds(Plan, st.dictionaries(st.integers(0, 10**9 - 1), CHOICES, max_size=5), st.booleans())

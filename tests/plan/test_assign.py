@@ -7,8 +7,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from made import GPU, PATIENT, region
 
-from mpsrun.plan.assign import STREAM_US, hopeless, longest_first, region_us, spread
-from mpsrun.plan.cost import MACHINES, Costs
+from mpsrun.plan.assign import hopeless, longest_first, region_us, spread
+from mpsrun.plan.cost import MACHINES, STREAM_US, Costs
 
 PIECES = st.lists(st.integers(1, 50), min_size=1, max_size=7)
 

@@ -30,9 +30,17 @@ def test_towers() -> None:
     assert list(found) == ["workers, 4 lanes", "workers, 2 lanes", "workers, 3 lanes", "serial", "streams"]
     assert found["workers, 4 lanes"].plan == Plan({0: Assignment((0, 1, 2, 3))})
     assert found["workers, 4 lanes"].predicted_us == 3_000 + 300
-    assert found["streams"].plan == Plan({0: Assignment((0, -1, -2, -3))})
+    assert found["streams"].plan == Plan({0: Assignment((-1, -2, -3, -4))})
     assert found["serial"].plan.is_serial
     assert found["serial"].predicted_us == 12_000
+
+
+def test_a_graph_that_can_be_captured_is_tried_with_and_without_streams() -> None:
+    found = by_name(candidates([region(100, 100, 100, 100)], [], COSTS, has_streams=True, captures=True))
+    assert found["captured"].plan == Plan({0: Declined("captured as it is")}, captured=True)
+    assert found["captured streams"].plan == Plan({0: Assignment((-1, -2, -3, -4))}, captured=True)
+    assert found["captured streams"].predicted_us < found["captured"].predicted_us < found["serial"].predicted_us
+    assert [candidate.plan.is_serial for candidate in found.values()].count(True) == 1
 
 
 def test_small_regions_are_declined_where_it_must_pay_and_tried_where_there_is_hope() -> None:
@@ -48,7 +56,7 @@ def test_regions_choose_their_kind_of_lane_in_the_mixed_plan() -> None:
     overlapping = Costs(GPU, {0: (900.0, 900.0), 1: (9_000.0, 9_000.0)})
     regions = [region(1, 1), region(300, 300, index=1), region(1, 1, index=2)]
     mixed = by_name(candidates(regions, [1], overlapping, has_streams=True))["mixed"].plan
-    assert mixed.regions[0] == Assignment((0, -1))
+    assert mixed.regions[0] == Assignment((-1, -2))
     assert mixed.regions[1] == Assignment((0, 1))
     assert isinstance(mixed.regions[2], Declined)
 
@@ -103,20 +111,21 @@ def graphs(draw: st.DrawFn) -> list[Region]:
 
 
 @PATIENT
-@given(graphs(), st.integers(0, 4), st.booleans())
-def test_candidates_of_any_graph(regions: list[Region], worker_count: int, has_streams: bool) -> None:
-    found = candidates(regions, range(1, worker_count + 1), COSTS, has_streams)
+@given(graphs(), st.integers(0, 4), st.booleans(), st.booleans())
+def test_candidates_of_any_graph(regions: list[Region], worker_count: int, has_streams: bool, captures: bool) -> None:
+    found = candidates(regions, range(1, worker_count + 1), COSTS, has_streams, captures)
     plans = [candidate.plan for candidate in found]
     assert [plan.is_serial for plan in plans].count(True) == 1
     assert len(found) <= MAX_CANDIDATES
     assert found == tuple(sorted(found, key=lambda candidate: candidate.predicted_us))
     for one, other in itertools.combinations(plans, 2):
-        assert lanes_of(one) != lanes_of(other)
+        assert (one.captured, lanes_of(one)) != (other.captured, lanes_of(other))
+    assert any(plan.captured for plan in plans) == captures
     for plan in plans:
         assert fits(plan, regions, worker_count, has_streams) is None
     if worker_count:
         outer = [r.index for r in regions if r.parent is None and hopeless(r, COSTS) is None]
-        assert any(set(outer) <= set(lanes_of(plan)) for plan in plans if not plan.streams)
+        assert any(set(outer) <= set(lanes_of(plan)) for plan in plans if not plan.streams and not plan.captured)
 
 
 def lanes_of(plan: Plan) -> dict[int, tuple[int, ...]]:
