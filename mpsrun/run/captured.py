@@ -252,9 +252,8 @@ class _Body:
         self._generation += 1
         self._result = self._forward.replay()
         self._outputs = _tensors(self._result)
-        for i, count in self._bumps.items():
-            for _ in range(count):
-                torch.autograd.graph.increment_version(args[i])
+        for round_ in range(max(self._bumps.values(), default=0)):
+            torch.autograd.graph.increment_version([args[i] for i, count in self._bumps.items() if count > round_])
         return self._outputs
 
     @property

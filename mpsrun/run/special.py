@@ -99,7 +99,8 @@ class Planner:
         special = Special(describe(args), seen, (), key, owner.epoch if owner is not None else 0)
         plan = None
         if not self._options.forced:
-            plan = plans.pinned(plans.fingerprint(key), self._regions, len(usable), self.has_streams)
+            name = plans.fingerprint(key)
+            plan = plans.pinned(name, self._regions, len(usable), self.has_streams, self.captures)
         if plan is not None:
             special.candidates = (Candidate("pinned", plan, 0.0),)
             return special
