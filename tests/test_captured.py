@@ -267,7 +267,7 @@ def test_what_cannot_be_recorded_runs_uncaptured(made: list[Captured], monkeypat
     class Full:
         era = 0
 
-        def record(self, function: Callable[[], object]) -> None:
+        def make_room(self) -> None:
             raise torch.OutOfMemoryError("no memory for a recording")
 
     monkeypatch.setattr("mpsrun.run.variant.recorder", lambda device: Full())

@@ -179,8 +179,7 @@ class _Body:
         self._generation = 0
         self.failed: RuntimeError | None = None  # why its backward cannot be recorded, if so
         self._pending: Callable[[], _Call | None] = lambda: None
-        if subject.kind == "cuda":
-            torch.cuda.empty_cache()  # nothing can be given back while it is recorded
+        recorder.make_room()
         self._forward = recorder.record(self._compute)
 
     def _own(self, i: int, arg: Any) -> Any:
