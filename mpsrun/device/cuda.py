@@ -10,17 +10,15 @@ import ctypes
 import functools
 import itertools
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from cuda.bindings import driver
 
-from mpsrun.device.base import Chunk, ChunkHandle, TensorRef, dtype_name
+from mpsrun.device.base import COUNTER_BYTES, COUNTER_STRIDE_BYTES, Chunk, ChunkHandle, TensorRef, dtype_name
 from mpsrun.errors import MpsrunError, NotShippable
-
-COUNTER_STRIDE_BYTES = 64
-MAX_COUNTERS = 128
 
 _WAIT = int(driver.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WAIT_VALUE_32)
 _WRITE = int(driver.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WRITE_VALUE_32)
@@ -72,7 +70,7 @@ class CudaDevice:
         self._submitting = threading.Lock()
         # Another priority is another hardware queue: not the one in which a waiting stream is held.
         self._peek_stream = torch.cuda.Stream(index, priority=-1)
-        self._peek_host = torch.empty(MAX_COUNTERS * COUNTER_STRIDE_BYTES, dtype=torch.uint8, pin_memory=True)
+        self._peek_host = torch.empty(COUNTER_BYTES, dtype=torch.uint8, pin_memory=True)
         self._peek_done: torch.cuda.Event | None = None
 
     def new_chunk(self, size_bytes: int) -> Chunk:
@@ -206,6 +204,25 @@ class CudaDevice:
     def _peeked(self) -> list[int]:
         words = self._peek_host.view(torch.int32)[:: COUNTER_STRIDE_BYTES // 4]
         return [value & 0xFFFFFFFF for value in words.tolist()]
+
+    def is_sound(self, timeout_s: float) -> bool:
+        """A small kernel on the peeking stream: in a context that a fault has poisoned it fails, or never ends."""
+        try:
+            with torch.cuda.stream(self._peek_stream):
+                torch.zeros(1, device=torch.device("cuda", self.index))
+                done = torch.cuda.Event()
+                done.record()
+            deadline = time.monotonic() + timeout_s
+            while not done.query():
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(0.001)
+        except RuntimeError:  # CUDA errors, which stay with the context
+            return False
+        return True
+
+    def give_back_memory(self) -> None:
+        torch.cuda.empty_cache()
 
     def stream_key(self) -> int:
         return torch._C._cuda_getCurrentRawStream(self.index)

@@ -100,7 +100,7 @@ class Sets:
 
     def _jobs(self, coordinator: Coordinator, questions: Questions) -> list[Job | None]:
         """By branch, its job in the worker that it goes to; None where it stays in the lead, or is not ready yet."""
-        plan = _plan(questions, coordinator.usable(), coordinator.device.kind)
+        plan = _plan(questions, coordinator.present(), coordinator.device.kind)
         lanes = (0,) * len(questions) if isinstance(plan, Declined) else plan.lanes
         jobs = [
             q.part.job(coordinator, lane, q.args) if lane else None for q, lane in zip(questions, lanes, strict=True)
