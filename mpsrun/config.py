@@ -80,6 +80,11 @@ class Config:
         return self.log_dir / name if self.log_dir is not None else self._in_run_dir(name)
 
     @property
+    def watchdog_log(self) -> Path | None:
+        """File which takes the reports of the watchdog; None where nothing is to be kept."""
+        return self.log_dir / "watchdog.log" if self.log_dir is not None else None
+
+    @property
     def mps_pipe_dir(self) -> Path:
         """CUDA_MPS_PIPE_DIRECTORY of a CUDA MPS daemon private to this run."""
         return self._in_run_dir("mps")

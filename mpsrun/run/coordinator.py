@@ -60,6 +60,7 @@ class Coordinator:
             self._standin,
             end_worker,
             lambda: when_started(self),
+            self._describe,
         )
         self.flags = modes.flags()
         self._ids = itertools.count(1)
@@ -180,6 +181,7 @@ class Coordinator:
         try:
             self.device.wait(counters, values, self.settings.timeout_s * GRACE + 10)
         except TimeoutError as error:
+            self._watcher.report(f"neither a worker nor its stand-in answered: {error}")
             raise WorkerError(f"a worker did not answer, and neither did its stand-in: {error}") from error
 
     def bind(self, crossing: Crossing, args: Sequence[Any] | Mapping[int, Any]) -> None:
@@ -338,6 +340,11 @@ class Coordinator:
             self._wait((link.done,), (link.last,))
             link.last = (self._sequence - 1) & SEQUENCE_MASK
             self.device.signal((link.done,), (link.last,))
+
+    def _describe(self) -> str:
+        """What is handed out, for a report."""
+        slots = self._arena.in_use - len(self._retired)
+        return f"sequence number {self._sequence}; {slots} slots in use in {len(self._arena.chunks)} chunks"
 
     def _keep_order(self) -> None:
         """A worker's counter must grow in the order of its messages, whatever stream they are submitted from."""

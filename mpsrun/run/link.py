@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import time
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
@@ -172,6 +173,25 @@ class Link:
         if not self.owed:
             return 0.0
         return time.monotonic() - max(self.owed[0].since_s, self._moved_s)
+
+    @property
+    def preparing(self) -> list[int]:
+        """The layouts that the worker has not answered for."""
+        return list(self._asked)
+
+    def unread_bytes(self) -> int:
+        """How much of what it was sent for its steps the worker has not read."""
+        return self._channel.unread_bytes(self.index)
+
+    def signal(self, number: int) -> bool:
+        """Send the process a signal; False where there is none."""
+        if self._pidfd is None:
+            return False
+        try:
+            signal.pidfd_send_signal(self._pidfd, number)
+        except ProcessLookupError:
+            return False
+        return True
 
     def preparing_s(self) -> float:
         """For how many seconds the worker, once started, has not got on with what it is to prepare."""

@@ -14,6 +14,7 @@ from mpsrun.config import Config
 from mpsrun.device import Device
 from mpsrun.errors import MpsrunError, WorkerError
 from mpsrun.launch.workers import BACK_OFF_S
+from mpsrun.run import watchdog
 from mpsrun.run.link import SUBMITTED, Link, Work
 from mpsrun.run.standin import StandIn
 from mpsrun.wire import messages as m
@@ -29,9 +30,9 @@ class Watcher:
     """Ends every wait for a worker: whoever waits, waits for its counter, which somebody sets in any case.
 
     end_worker: ends a process and returns when it is gone. when_started: called once, in a thread of its own, when all
-    workers are there or lost. `changed` is notified after each report. `epoch` counts the workers lost for good,
-    `taken_in` those that came back, `shortages` the reports of no memory. `heirs`: by index, those that were
-    started again and wait to be taken in.
+    workers are there or lost. describe: the coordinator's state in one line. `changed` is notified after each report.
+    `epoch` counts the workers lost for good, `taken_in` those that came back, `shortages` the reports of no memory.
+    `heirs`: by index, those that were started again and wait to be taken in.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Watcher:
         standin: StandIn,
         end_worker: Callable[[int], None],
         when_started: Callable[[], None],
+        describe: Callable[[], str],
     ) -> None:
         self.changed = threading.Condition()
         self.epoch = self.taken_in = self.shortages = 0
@@ -55,6 +57,7 @@ class Watcher:
         self._standin = standin
         self._end_worker = end_worker
         self._when_started: Callable[[], None] | None = when_started
+        self._describe = describe
         self._error: Exception | None = None
         self._failures: dict[tuple[int, int], Exception] = {}
         self._closing = False
@@ -213,11 +216,19 @@ class Watcher:
             for link in self._links
             if link.lost is None and (link.stalled_s() > limit_s or link.preparing_s() > FIRST_RUN * limit_s)
         ]
+        if stalled:
+            names = ", ".join(f"worker {link.index}" for link in stalled)
+            self.report(f"no answer from {names} within {limit_s:g} s")
         for link in stalled:
-            self._lose(link, f"no answer for {max(link.stalled_s(), link.preparing_s()):.0f} s", None)
+            self._lose(link, f"no answer for {limit_s:g} s", None)
             if link.pid is not None:
                 link.is_ended = True
                 self._end_worker(link.pid)
+
+    def report(self, reason: str) -> None:
+        """Tell all that is known of every process, before any of them is ended."""
+        counters = self._device.read_counters(wait=self._device.kind == "cpu")
+        watchdog.tell(self._settings, reason, self._links, counters, self._describe())
 
     def _lose(self, link: Link, reason: str, failure: m.Failed | None) -> None:
         if link.lost is not None:

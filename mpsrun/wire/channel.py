@@ -100,6 +100,10 @@ class LeadChannel:
         """Send a small message over the ring. Blocks only where the worker is thousands of messages behind."""
         self._rings[worker - 1].write(codec.encode(message), RING_TIMEOUT_S)
 
+    def unread_bytes(self, worker: int) -> int:
+        """How much is in the ring of worker number `worker` that it has not read."""
+        return self._rings[worker - 1].unread_bytes
+
     def close(self) -> None:
         """Deliver what is on its way, with a deadline, and remove the sockets."""
         for socket in self._commands:
