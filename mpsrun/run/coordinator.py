@@ -344,7 +344,7 @@ class Coordinator:
     def _describe(self) -> str:
         """What is handed out, for a report."""
         slots = self._arena.in_use - len(self._retired)
-        return f"sequence number {self._sequence}; {slots} slots in use in {len(self._arena.chunks)} chunks"
+        return f"sequence number {self._sequence}; slots in use: {slots}, in chunks: {len(self._arena.chunks)}"
 
     def _keep_order(self) -> None:
         """A worker's counter must grow in the order of its messages, whatever stream they are submitted from."""

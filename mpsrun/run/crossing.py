@@ -136,8 +136,9 @@ class Crossing:
         return all(link.lost is None and self.layout in link.prepared for link in self.links)
 
     def no_memory(self) -> str | None:
-        """What a worker said which had no memory for it: then it stays in the lead."""
-        return next((link.no_memory[self.layout] for link in self.links if self.layout in link.no_memory), None)
+        """Which worker had no memory for it, and what it said; then it stays in the lead."""
+        short = (link for link in self.links if self.layout in link.no_memory)
+        return next((f"no memory in worker {link.index}: {link.no_memory[self.layout]}" for link in short), None)
 
     def renewed(self, current: Sequence[Link]) -> Crossing | None:
         """The same with the processes that took the places of lost ones; None where nothing has changed.

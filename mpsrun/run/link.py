@@ -119,7 +119,7 @@ class Link:
 
     def lacks_memory(self, message: m.NoMemory) -> None:
         """The worker had no memory for a layout: it is not asked for it again, and what it refused is not its work."""
-        self.no_memory[message.layout] = message.text
+        self.no_memory.setdefault(message.layout, message.text)
         self.prepared.discard(message.layout)
         if message.seq:
             self.refused.add(message.seq)

@@ -153,7 +153,7 @@ class Part:
         strand = job.strand
         reason = strand.crossing.no_memory()
         if reason is not None:
-            log.say(f"{strand.where}: runs in the lead from now on: no memory in a worker: {reason}")
+            log.say(f"{strand.where}: runs in the lead from now on: {reason}")
             return None
         strand.crossing = coordinator.renew(strand.crossing, [self._value(node, args) for node in strand.args])
         return job

@@ -74,8 +74,7 @@ class Variant:
             reason = strand.crossing.no_memory()
             if reason is not None and strand not in self._short:
                 self._short |= {strand}
-                workers = ", ".join(str(link.index) for link in strand.crossing.links)
-                log.say(f"{strand.where}: runs in the lead from now on: no memory in worker {workers}: {reason}")
+                log.say(f"{strand.where}: runs in the lead from now on: {reason}")
 
 
 class Maker:

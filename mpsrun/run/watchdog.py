@@ -55,7 +55,7 @@ def describe(link: Link, counters: Sequence[int] | None) -> str:
     life = f"lost: {link.lost}" if link.lost is not None else "started" if link.started else "has not started"
     owed = list(link.owed)
     found = [
-        f"process {link.generation} is {_status(link.pid)}, {life}",
+        f"generation {link.generation}, {life}, the process is {_status(link.pid)}",
         f"counter {link.done} at {counters[link.done] if counters is not None else 'unknown'}, last work {link.last}",
         f"owes {_works(owed)}" + (f", the first for {link.stalled_s():.1f} s" if owed else ""),
     ]
