@@ -76,6 +76,7 @@ class Sets:
 
     def _run(self, coordinator: Coordinator, questions: Questions) -> list[Any]:
         """Workers start first, then the lead computes its own branches, then it takes what the workers have."""
+        coordinator.admit()
         coordinator.enter()
         draws = [question.part.draws(coordinator, question.args) for question in questions]
         known = [draw for draw in draws if draw is not None]
