@@ -10,8 +10,8 @@ import pool
 import pytest
 import torch
 from networks import Three
-from torch import Tensor, nn
-from transparency import on_lanes
+from torch import Tensor
+from tuned import compiled
 
 from mpsrun.config import Config
 from mpsrun.launch import workers as launched
@@ -76,11 +76,11 @@ def curve(lively: Coordinator) -> list[float]:
 class Training:
     """The same steps each time: a network on lanes forced into two workers, whose losses are kept."""
 
-    def __init__(self, coordinator: Coordinator, make: Callable[[], nn.Module] = Three) -> None:
+    def __init__(self, coordinator: Coordinator, lanes: str = "workers") -> None:
         torch._dynamo.reset()
         torch.manual_seed(0)
         self.coordinator = coordinator
-        self.model = on_lanes(make().double(), 2)
+        self.model = compiled(Three().double(), lanes=lanes, workers=2)
         self.losses: list[float] = []
         self.longest_s = 0.0
 
