@@ -41,9 +41,9 @@ def tell(settings: Config, reason: str, links: Sequence[Link], counters: Sequenc
 
 def report(settings: Config, reason: str, links: Sequence[Link], counters: Sequence[int] | None, state: str) -> str:
     """The whole text: why, one line for each worker and one for the lead, then the stacks of all of them."""
-    stacks = _stacks_of_workers(settings, links)
     parts = [f"watchdog, {time.strftime('%Y-%m-%d %H:%M:%S')}: {reason}", f"lead (pid {os.getpid()}): {state}"]
     parts += [describe(link, counters) for link in links]
+    stacks = _stacks_of_workers(settings, links)
     parts += [f"--- stacks of the lead (pid {os.getpid()})", own_stacks().rstrip()]
     for link in links:
         parts += [f"--- stacks of worker {link.index} (pid {link.pid})", stacks.get(link.index, "(none)").rstrip()]

@@ -118,5 +118,13 @@ class Training:
         return counts is not None and sum(counts.backwards.values()) > 0
 
 
+def plain_curve(steps: int) -> list[float]:
+    """The losses of plain PyTorch."""
+    torch.manual_seed(0)
+    training = Training.__new__(Training)
+    training.model, training.losses, training.longest_s = Three().double(), [], 0.0
+    return [training.step() for _ in range(steps)]
+
+
 def batch(step: int) -> Tensor:
     return torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
