@@ -14,7 +14,7 @@ from mpsrun.run.coordinator import Coordinator
 
 WORKERS = 4
 START_S = 60.0
-SHARED = Config(workers=WORKERS, lanes="workers", timeout_s=30.0)
+SHARED = Config(workers=WORKERS, lanes="workers", timeout_s=30.0, worker_restarts=0)
 
 
 def start(settings: Config = SHARED, kind: str = "cpu", healthy: bool = True) -> Coordinator:

@@ -369,6 +369,8 @@ class Coordinator:
         self._watcher.stop()
         for link in self.links:
             link.stop()
+        for heir in self._watcher.heirs.values():
+            heir.dismiss()
         self._channel.close()
 
     def free(self) -> None:

@@ -165,6 +165,7 @@ class Watcher:
         if self._device.is_sound(SOUND_S):
             self.heirs[link.index] = heir
         else:
+            heir.dismiss()
             self._give_up(link, "the GPU is not in order")
 
     def _settle(self) -> None:

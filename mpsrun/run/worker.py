@@ -20,6 +20,8 @@ from mpsrun.wire import messages as m
 from mpsrun.wire.channel import WorkerChannel
 
 POLL_S = 1.0
+# What libraries say instead of torch.OutOfMemoryError: the CUDA runtime, cuBLAS and cuDNN, torch's allocator on a CPU.
+NO_MEMORY = ("CUDA error: out of memory", "STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
 SPIN_S = 0.002  # longer than what lies between two messages of one step
 FOREVER_S = 1e9  # a GPU-side wait; the watchdog of the lead ends it
 
@@ -129,7 +131,9 @@ class Worker:
         self.executor.layouts[message.layout] = message
         try:
             self.executor.warm_up(message)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not lacks_memory(error):
+                raise
             self._give_up(0, message.layout, error)
             return
         self.channel.send(m.Prepared(self.index, message.layout, self.generation))
@@ -141,7 +145,9 @@ class Worker:
             self.device.wait([self._submitted], [message.seq], FOREVER_S)
         try:
             self._compute(message)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not lacks_memory(error):
+                raise
             asked_again = self.executor.layouts[message.layout].grad if isinstance(message, m.Forward) else message.keep
             (self._given_up.add if asked_again else self._given_up.discard)(message.invocation)
             self.executor.drop([message.invocation])
@@ -161,7 +167,7 @@ class Worker:
         self.executor.backward(message)
         self._backwards[job] += 1
 
-    def _give_up(self, seq: int, layout: int, error: torch.OutOfMemoryError) -> None:
+    def _give_up(self, seq: int, layout: int, error: RuntimeError) -> None:
         """Leave a piece of work to the lead: nothing of it is under way any more, and its memory is given back."""
         text = str(error)
         error.__traceback__ = None  # it holds the tensors that were computed so far
@@ -181,6 +187,11 @@ class Worker:
                 text += f"\nwhile draining the device: {further}"
         report = m.Failed(self.index, seq, type(error).__name__, str(error), text, self.generation)
         self.channel.send(report)
+
+
+def lacks_memory(error: RuntimeError) -> bool:
+    """Whether an error says that there was no memory, which leaves the process and its device as they were."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in NO_MEMORY)
 
 
 def main(index: int, generation: int) -> None:

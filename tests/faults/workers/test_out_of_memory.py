@@ -10,6 +10,7 @@ from networks import Three
 from transparency import TOLERANCE
 
 from mpsrun.run.coordinator import Coordinator
+from mpsrun.run.worker import lacks_memory
 from tests.faults.workers.conftest import SPARE_S, Orders, Training, batch
 
 SAID = "runs in the lead from now on: no memory in worker 1: planted: no memory"
@@ -82,6 +83,27 @@ def test_with_several_forwards_under_way(lively: Coordinator, orders: Orders) ->
     for (name, p), q in zip(training.model.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, **TOLERANCE, msg=name)
     assert orders.are_followed()
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_which_errors_are_meant(error: RuntimeError, wanted: bool) -> None:
+    assert lacks_memory(error) == wanted
+
+
+def test_the_allocator_of_a_cpu() -> None:
+    with pytest.raises(RuntimeError) as found:
+        torch.empty(1 << 60)
+    assert lacks_memory(found.value)
 
 
 def executed(coordinator: Coordinator) -> list[int]:

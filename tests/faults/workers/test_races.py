@@ -170,6 +170,17 @@ def test_no_more_restarts(orders: Orders, capfd: Any) -> None:
         assert coordinator.usable() == [2]
 
 
+def test_a_device_that_is_not_in_order(orders: Orders, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """A fault of a worker may have poisoned the lead's own CUDA context: then nobody gets its place."""
+    with pool.running(Config(workers=2, lanes="workers", timeout_s=WATCHDOG_S)) as coordinator:
+        monkeypatch.setattr(coordinator.device, "is_sound", lambda _: False)
+        training = trained(coordinator)
+        kill(coordinator, 1)
+        training.steps_until(lambda: coordinator.usable() == [2], BACK_S)
+        training.step()
+        assert capfd.readouterr().err.count("worker 1 stays out: the GPU is not in order") == 1
+
+
 def counted(coordinator: Coordinator, worker: int) -> int:
     counts = coordinator.counts()[worker]
     return sum(counts.forwards.values()) + sum(counts.backwards.values())
