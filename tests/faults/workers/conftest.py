@@ -1,5 +1,6 @@
 """Workers in which faults can be planted, and a training whose curve is known."""
 
+import contextlib
 import os
 import tempfile
 import time
@@ -44,14 +45,20 @@ class Orders:
         return not list(self.directory.iterdir())
 
 
-@pytest.fixture(scope="module")
-def orders() -> Iterator[Orders]:
-    """Every process that is started while this is there looks for orders."""
+@contextlib.contextmanager
+def ordering() -> Iterator[Orders]:
+    """Every process that is started meanwhile looks for orders."""
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
         made = Orders(Path(directory))
         for name, value in made.environment().items():
             patch.setenv(name, value)
         patch.setattr(launched, "BACK_OFF_S", (0.0,))
+        yield made
+
+
+@pytest.fixture(scope="module")
+def orders() -> Iterator[Orders]:
+    with ordering() as made:
         yield made
 
 
