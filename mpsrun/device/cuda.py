@@ -192,26 +192,30 @@ class CudaDevice:
             if not self._peek_done.query():
                 return None
             seen = self._peeked()
-        with torch.cuda.stream(self._peek_stream):
-            self._peek_host.copy_(self._counters.memory[: self._peek_host.numel()], non_blocking=True)
-            self._peek_done = torch.cuda.Event()
-            self._peek_done.record()
+        done = self._peek(self._counters)
         if wait:
-            self._peek_done.synchronize()
+            done.synchronize()
             seen = self._peeked()
         return seen
+
+    def _peek(self, counters: Chunk) -> torch.cuda.Event:
+        """Have the counters copied, without memory that would have to be allocated."""
+        with torch.cuda.stream(self._peek_stream):
+            self._peek_host.copy_(counters.memory[: self._peek_host.numel()], non_blocking=True)
+            self._peek_done = torch.cuda.Event()
+            self._peek_done.record()
+        return self._peek_done
 
     def _peeked(self) -> list[int]:
         words = self._peek_host.view(torch.int32)[:: COUNTER_STRIDE_BYTES // 4]
         return [value & 0xFFFFFFFF for value in words.tolist()]
 
     def is_sound(self, timeout_s: float) -> bool:
-        """A small kernel on the peeking stream: in a context that a fault has poisoned it fails, or never ends."""
+        """A look at the counters: in a context that a fault has poisoned it fails, or never ends."""
+        if self._counters is None:
+            return True
         try:
-            with torch.cuda.stream(self._peek_stream):
-                torch.zeros(1, device=torch.device("cuda", self.index))
-                done = torch.cuda.Event()
-                done.record()
+            done = self._peek(self._counters)
             deadline = time.monotonic() + timeout_s
             while not done.query():
                 if time.monotonic() > deadline:

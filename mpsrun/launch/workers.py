@@ -12,6 +12,7 @@ from pathlib import Path
 from mpsrun.config import REPORTED, Config
 from mpsrun.launch.ending import end
 from mpsrun.launch.spawn import spawn_worker
+from mpsrun.log import say
 
 BACK_OFF_S = (0.0, 2.0, 8.0)  # before each start after the first; the last one holds for all later ones
 _OWN_LOOK_S = 0.2
@@ -137,7 +138,7 @@ class Nursery:
 
     def _run(self) -> None:
         try:
-            with workers_of(self._config, lambda _: None, lambda: self._grace_s) as workers:
+            with workers_of(self._config, say, lambda: self._grace_s) as workers:
                 self._started.set()
                 while not self._stopping.wait(look_at(workers, _OWN_LOOK_S)):
                     pass

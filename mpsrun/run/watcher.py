@@ -127,7 +127,8 @@ class Watcher:
             raise MpsrunError(f"expected a report of workers 1 to {count}, found one of {message.worker}")
         link = self._links[message.worker - 1]
         if message.generation != link.generation and not isinstance(message, m.Ready):
-            raise MpsrunError(f"expected a report of process {link.generation} of worker {link.index}, found {message}")
+            log.detail(f"worker {link.index}: heard {type(message).__name__} of a process that has not its place")
+            return
         match message:
             case m.Ready():
                 self._welcome(link, message)

@@ -22,7 +22,6 @@ HOOK = Path(__file__).parent / "hook"
 WATCHDOG_S = 2.0
 SPARE_S = 4.0  # what a report, computing again and this machine's other work may take on top
 BACK_S = 20.0  # until a worker that was lost works again, on a machine with other work
-MOST_STEPS = 1000
 PACE_S = 0.01
 
 
@@ -69,17 +68,6 @@ def lively(orders: Orders) -> Iterator[Coordinator]:
         yield coordinator
 
 
-@pytest.fixture(scope="module")
-def curve(lively: Coordinator) -> list[float]:
-    """The losses of an undisturbed training on the same lanes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as each test does
-    training = Training(lively)
-    losses = [training.step() for _ in range(MOST_STEPS)]
-    torch.set_num_threads(threads)
-    return losses
-
-
 class Training:
     """The same steps each time: a network on lanes forced into two workers, whose losses are kept."""
 
@@ -103,9 +91,12 @@ class Training:
         self.longest_s = max(self.longest_s, time.monotonic() - start)
         return self.losses[-1]
 
-    def assert_follows(self, curve: list[float]) -> None:
-        """The losses are those of an undisturbed run, but for the order in which gradients of branches are added."""
-        assert self.losses == pytest.approx(curve[: len(self.losses)], rel=1e-9)
+    def assert_undisturbed(self) -> None:
+        """The losses are those of plain PyTorch, but for the order in which gradients of branches are added."""
+        torch.manual_seed(0)
+        plain = Training.__new__(Training)
+        plain.model, plain.losses, plain.longest_s = Three().double(), [], 0.0
+        assert self.losses == pytest.approx([plain.step() for _ in self.losses], rel=1e-9)
 
     def steps_until(self, done: Callable[[], bool], deadline_s: float) -> float:
         """Train until `done()`; returns how many seconds that took."""
@@ -123,14 +114,6 @@ class Training:
             return False
         counts = self.coordinator.counts().get(worker)
         return counts is not None and sum(counts.backwards.values()) > 0
-
-
-def plain_curve(steps: int) -> list[float]:
-    """The losses of plain PyTorch."""
-    torch.manual_seed(0)
-    training = Training.__new__(Training)
-    training.model, training.losses, training.longest_s = Three().double(), [], 0.0
-    return [training.step() for _ in range(steps)]
 
 
 def batch(step: int) -> Tensor:

@@ -11,7 +11,7 @@ from mpsrun import config
 from mpsrun.config import Config
 from mpsrun.launch.ending import KILL_S, TERMINATE_S
 from mpsrun.run.session import END_DEADLINE_S
-from tests.faults.workers.conftest import BACK_S, SPARE_S, Orders, Training, plain_curve
+from tests.faults.workers.conftest import BACK_S, SPARE_S, Orders, Training
 
 START_S = 15.0
 
@@ -20,7 +20,7 @@ def settings(workers: int) -> Config:
     return Config(workers=workers, lanes="workers", timeout_s=10.0)
 
 
-@pytest.mark.parametrize("phase", ["startup", "start"])
+@pytest.mark.parametrize("phase", ["start", pytest.param("startup", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "faults",
     [
@@ -47,7 +47,7 @@ def test_at_the_start(
         )
         assert [link.generation for link in coordinator.links] == [1] * len(faults)
         training.steps_until(lambda: training.works_in(1, 1), BACK_S)
-        training.assert_follows(plain_curve(len(training.losses)))
+        training.assert_undisturbed()
         assert training.longest_s < START_S
     told = capfd.readouterr().err
     for worker in everybody:

@@ -36,28 +36,29 @@ def kept() -> str:
 
 @pytest.mark.parametrize(
     "fault",
-    [pytest.param(fault, marks=() if fault in ("SIGKILL", "hang") else pytest.mark.slow) for fault in FAULTS],
+    [pytest.param(fault, marks=() if fault == "SIGKILL" else pytest.mark.slow) for fault in FAULTS],
 )
 def test_tuning_waits_for_the_worker(
-    auto: Coordinator, curve: list[float], orders: Orders, fault: str, monkeypatch: pytest.MonkeyPatch, capfd: Any
+    auto: Coordinator, orders: Orders, fault: str, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     """Its absence is not held against the plan, which is followed in the end."""
     clock = Timed(monkeypatch, {"serial": 1000.0, WORKERS: 500.0})
     training, generation = Training(auto, lanes="auto"), auto.links[0].generation
     until_tried(training, clock)
     orders.give(1, "between" if fault == "cut" else "forward", fault)
-    auto.counts(timeout_s=0.1)
+    for _ in range(2):  # the second time something is on a socket that is cut
+        auto.counts(timeout_s=0.1)
     training.steps_until(lambda: auto.links[0].generation > generation, WATCHDOG_S + BACK_S)
     training.steps_until(lambda: bool(plans._saved.graphs), BACK_S)
     assert "worker 1" in kept()
     assert len(clock.names) <= tuner.MAX_STEPS
     training.steps_until(lambda: training.works_in(1, generation + 1), BACK_S)
-    training.assert_follows(curve)
+    training.assert_undisturbed()
     assert f"worker 1 is out: {FAULTS[fault].partition('{')[0]}" in capfd.readouterr().err
 
 
 def test_a_candidate_without_memory_is_dropped(
-    auto: Coordinator, curve: list[float], orders: Orders, monkeypatch: pytest.MonkeyPatch, capfd: Any
+    auto: Coordinator, orders: Orders, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     clock = Timed(monkeypatch, {"serial": 1000.0, WORKERS: 500.0})
     training = Training(auto, lanes="auto")
@@ -67,7 +68,7 @@ def test_a_candidate_without_memory_is_dropped(
     assert orders.are_followed()
     lanes = len({*kept().partition(": ")[2].strip().split(" | ")})
     assert lanes < 3, "the plan that had no memory is not the one"
-    training.assert_follows(curve)
+    training.assert_undisturbed()
     assert pool.lost(auto) == {}
     told = capfd.readouterr().err
     assert f"no memory for {WORKERS}" in told or "drops" in told or "keeps" in told

@@ -20,9 +20,9 @@ FAULTS = {  # and what is said of it
     "cut": "MpsrunError: expected a message on the socket, found none for 1 s: it was cut",
 }
 IN_A_HURRY = {
-    "forward": {"SIGKILL", "exception", "hang"},
-    "backward": {"SIGSEGV", "exit", "spin"},
-    "between": {"SIGSTOP", "cut"},
+    "forward": {"SIGKILL", "exception"},
+    "backward": {"hang"},
+    "between": {"cut"},
 }
 ROWS = [
     pytest.param(phase, fault, marks=() if fault in IN_A_HURRY[phase] else pytest.mark.slow, id=f"{fault}-{phase}")
@@ -32,9 +32,7 @@ ROWS = [
 
 
 @pytest.mark.parametrize(("phase", "fault"), ROWS)
-def test_the_worker_comes_back(
-    lively: Coordinator, curve: list[float], orders: Orders, phase: str, fault: str, capfd: Any
-) -> None:
+def test_the_worker_comes_back(lively: Coordinator, orders: Orders, phase: str, fault: str, capfd: Any) -> None:
     training, link = Training(lively), lively.links[0]
     for _ in range(3):
         training.step()
@@ -48,7 +46,7 @@ def test_the_worker_comes_back(
     training.steps_until(lambda: training.works_in(1, link.generation + 1), WATCHDOG_S + BACK_S)
     assert time.monotonic() - start < WATCHDOG_S + BACK_S
     assert training.longest_s < WATCHDOG_S + SPARE_S
-    training.assert_follows(curve)
+    training.assert_undisturbed()
     told = capfd.readouterr().err
     assert f"worker 1 is out: {FAULTS[fault].format(pid=link.pid)}; it is started again" in told
     assert f"worker 1 is back (pid {lively.links[0].pid})" in told

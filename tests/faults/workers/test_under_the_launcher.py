@@ -48,7 +48,7 @@ for _ in range(10):
     step()
 while sys.argv[1] == "until-back" and not is_back() and time.monotonic() < deadline:
     step()
-while sys.argv[1] == "500" and len(losses) < 500:
+while sys.argv[1] == "300" and len(losses) < 300:
     step()
 for _ in range(5):
     step()
@@ -87,7 +87,7 @@ def test_the_curve_is_the_same(
     planted: Runner, orders: Orders, tmp_path: Path, fault: str, phase: str, cause: str, by_launcher: str
 ) -> None:
     plan = str(tmp_path / "plan.txt")
-    undisturbed, generation, told = trained(planted, "--lanes", "workers", "--save-plan", plan, "train.py", "500")
+    undisturbed, generation, told = trained(planted, "--lanes", "workers", "--save-plan", plan, "train.py", "300")
     assert (generation, "is out" in told) == (0, False)
     orders.give(1, phase, fault)
     losses, generation, told = trained(planted, "--plan", plan, "train.py", "until-back")
@@ -98,6 +98,7 @@ def test_the_curve_is_the_same(
     assert "worker 1 is back" in told
 
 
+@pytest.mark.slow
 def test_at_the_end(planted: Runner, orders: Orders) -> None:
     """A worker that is killed when it is told to end changes nothing."""
     orders.give(1, "shutdown", "SIGKILL")

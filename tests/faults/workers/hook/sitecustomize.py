@@ -75,11 +75,8 @@ def install(worker: str) -> None:
     from mpsrun.wire import messages as m
 
     phases = {m.Start: "start", m.Count: "between", m.Stop: "shutdown"}
-    run, handle = Worker.run, Worker._handle
-
-    def run_first(self: Worker) -> int:
-        follow(worker, "startup")
-        return run(self)
+    handle = Worker._handle
+    follow(worker, "startup")
 
     def handle_first(self: Worker, message: m.ToWorker) -> None:
         if type(message) in phases:
@@ -95,7 +92,7 @@ def install(worker: str) -> None:
 
         setattr(Executor, name, call)
 
-    Worker.run, Worker._handle = run_first, handle_first  # type: ignore[method-assign]
+    Worker._handle = handle_first  # type: ignore[method-assign]
     for name, phase in (("forward", "forward"), ("backward", "backward"), ("warm_up", "prepare")):
         after(name, phase)
     channel.SOCKET_TIMEOUT_S = SOCKET_TIMEOUT_S  # type: ignore[misc]
