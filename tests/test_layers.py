@@ -15,7 +15,7 @@ BELOW = {
     "cli": {"launch", "mps", "report"},
     "launch": {"run", "mps"},
     "report": {"run", "plan", "graph"},
-    "run": {"mps", "wire", "device", "plan", "graph", "launch.spawn", "launch.rundir", "launch.ending"},
+    "run": {"mps", "wire", "device", "plan", "graph", "launch.rundir", "launch.workers"},
     "wire": {"device", "plan", "graph"},
     "device": set[str](),
     "mps": set[str](),

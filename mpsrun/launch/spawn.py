@@ -17,15 +17,16 @@ from mpsrun.mps.control import LOG_DIRECTORY, PIPE_DIRECTORY
 from mpsrun.mps.lifecycle import GUARD_LOG
 
 
-def spawn_worker(config: Config, index: int, parent_pid: int) -> subprocess.Popen[bytes]:
+def spawn_worker(config: Config, index: int, parent_pid: int, generation: int = 0) -> subprocess.Popen[bytes]:
     """Start worker `index` (from 1), which dies with the process `parent_pid`, its caller.
 
-    Call it from the main thread: the worker ends when the thread that started it ends. It gets a process
+    Call it from a thread that lasts: the worker ends when the thread that started it ends. It gets a process
     group of its own, so that the terminal's Ctrl-C and Ctrl-Z reach the lead only, and writes to
-    `config.worker_log(index)`.
+    `config.worker_log(index)`. `generation`: how many processes had this index before.
     """
+    role = ["worker", str(index), *([str(generation)] if generation else [])]
     with config.worker_log(index).open("ab", buffering=0) as log:
-        return _spawn_own(["worker", str(index)], log, os.environ | config.to_env(), parent_pid)
+        return _spawn_own(role, log, os.environ | config.to_env(), parent_pid)
 
 
 def spawn_lead(

@@ -1,11 +1,10 @@
 """The supervisor: parent of lead, workers and a private CUDA MPS daemon, from their start to their end."""
 
-import contextlib
 import functools
 import os
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mpsrun.config import Config
@@ -13,8 +12,9 @@ from mpsrun.launch import signals
 from mpsrun.launch.ending import end
 from mpsrun.launch.hardware import Hardware
 from mpsrun.launch.rundir import private_run_dir
-from mpsrun.launch.spawn import make_log_dir, spawn_guard, spawn_lead, spawn_worker
+from mpsrun.launch.spawn import make_log_dir, spawn_guard, spawn_lead
 from mpsrun.launch.target import Target
+from mpsrun.launch.workers import Worker, look_at, workers_of
 from mpsrun.log import say
 from mpsrun.mps.lifecycle import cuda_mps
 
@@ -43,7 +43,7 @@ def supervise(config: Config, target: Target, hardware: Hardware) -> Ending:
         make_log_dir(config)
         start_guard = functools.partial(spawn_guard, parent_pid=os.getpid())
         mps = cuda_mps(config, hardware.kind == "nvidia", hardware.reason, start_guard)
-        with mps, _workers(config) as workers:
+        with mps, workers_of(config, say, lambda: _GRACE_S if config.capture_marker.exists() else 0.0) as workers:
             if early := signal.sigpending() & signals.ENDING:
                 return Ending(-min(early))
             lead = spawn_lead(config, target, os.getpid(), mask, _shared_cores(config, hardware))
@@ -62,8 +62,8 @@ def _shared_cores(config: Config, hardware: Hardware) -> dict[str, str]:
     return {"OMP_WAIT_POLICY": "PASSIVE"} if shared else {}
 
 
-def watch(lead: subprocess.Popen[bytes], workers: Sequence["Worker"]) -> Ending:
-    """Pass on signals until the lead has ended."""
+def watch(lead: subprocess.Popen[bytes], workers: Sequence[Worker]) -> Ending:
+    """Pass on signals, and start workers again, until the lead has ended."""
     while lead.poll() is None:
         try:
             stopped = os.waitid(os.P_PID, lead.pid, os.WSTOPPED | os.WNOHANG)
@@ -71,53 +71,12 @@ def watch(lead: subprocess.Popen[bytes], workers: Sequence["Worker"]) -> Ending:
             continue
         if stopped is not None:
             signals.stop_with(stopped.si_status)
-        for worker in workers:
-            worker.tell_end()
-        info = signal.sigtimedwait(signals.WATCHED, _LOOK_AGAIN_S)
+        info = signal.sigtimedwait(signals.WATCHED, look_at(workers, _LOOK_AGAIN_S))
         if info is None:
             continue
         if signals.is_for_lead(info, lead.pid) or (info.si_signo == signal.SIGCONT and _is_stopped(lead.pid)):
             lead.send_signal(info.si_signo)
     return Ending(lead.returncode)
-
-
-class Worker:
-    """A worker process as its parent sees it."""
-
-    def __init__(self, config: Config, index: int) -> None:
-        self.index = index
-        self.log = config.worker_log(index)
-        self.process = spawn_worker(config, index, os.getpid())
-        self._told = False
-
-    def tell_end(self) -> None:
-        """Say once that the worker ended before the lead, unless the lead told it to."""
-        status = self.process.poll()
-        if self._told or not status:
-            return
-        self._told = True
-        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        name = f"worker {self.index} (pid {self.process.pid})"
-        say(f"{name} {how}; last line of {self.log}: {self._last_line()}")
-
-    def _last_line(self) -> str:
-        try:
-            lines = self.log.read_text(errors="replace").split("\n")
-        except OSError:
-            lines = []
-        return next((line.strip() for line in reversed(lines) if line.strip()), "(empty)")
-
-
-@contextlib.contextmanager
-def _workers(config: Config) -> Iterator[list[Worker]]:
-    workers: list[Worker] = []
-    try:
-        for index in range(1, config.worker_count() + 1):
-            worker = Worker(config, index)
-            workers.append(worker)  # one by one: those that run are ended where the next one fails to start
-        yield workers
-    finally:
-        end([worker.process for worker in workers], _GRACE_S if config.capture_marker.exists() else 0.0)
 
 
 def _is_stopped(pid: int) -> bool:

@@ -69,6 +69,17 @@ class Plan:
         """The workers that it uses."""
         return frozenset(filter(is_worker, self._lanes()))
 
+    def without(self, workers: Collection[int]) -> "Plan":
+        """The same plan with what these workers would do in the lead."""
+        return Plan(
+            {
+                index: Assignment(tuple(LEAD if lane in workers else lane for lane in choice.lanes))
+                if isinstance(choice, Assignment)
+                else choice
+                for index, choice in self.regions.items()
+            }
+        )
+
     @property
     def streams(self) -> frozenset[int]:
         """The side streams of the lead that it uses."""

@@ -99,9 +99,11 @@ class Planner:
         special = Special(describe(args), seen, (), key, owner.epoch if owner is not None else 0)
         plan = None
         if not self._options.forced:
-            plan = plans.pinned(plans.fingerprint(key), self._regions, len(usable), self.has_streams)
+            workers = [link.index for link in owner.links] if owner is not None else []
+            plan = plans.pinned(plans.fingerprint(key), self._regions, len(workers), self.has_streams)
         if plan is not None:
-            special.candidates = (Candidate("pinned", plan, 0.0),)
+            gone = frozenset(workers) - {*usable}
+            special.candidates = (Candidate("pinned", plan.without(gone), 0.0),)
             return special
         special.candidates = self.candidates(usable)
         if not self._options.forced:

@@ -15,6 +15,7 @@ from mpsrun.wire.ring import Ring
 
 LINGER_MS = 500
 RING_TIMEOUT_S = 60.0
+SOCKET_TIMEOUT_S = 10.0  # what is on the socket was sent before the ring says so
 ON_SOCKET = b""
 
 
@@ -35,10 +36,17 @@ class WorkerChannel:
                 return None
             if data != ON_SOCKET:
                 return codec.decode_to_worker(data)
-            timeout_s = RING_TIMEOUT_S
+            return self._announced()
         message = self._from_socket(timeout_s)
         if isinstance(message, Start):
             self._ring = Ring.open(message.ring)
+        return message
+
+    def _announced(self) -> ToWorker:
+        """The message on the socket that the ring tells of; raises `MpsrunError` where it does not come."""
+        message = self._from_socket(SOCKET_TIMEOUT_S)
+        if message is None:
+            raise MpsrunError(f"expected a message on the socket, found none for {SOCKET_TIMEOUT_S:g} s: it was cut")
         return message
 
     def _from_socket(self, timeout_s: float) -> ToWorker | None:
@@ -69,6 +77,13 @@ class LeadChannel:
         """Where the ring of worker number `worker`, from 1, can be opened."""
         return self._rings[worker - 1].path
 
+    def renew(self, worker: int, address: str) -> None:
+        """Another process takes the place of worker number `worker`: nothing that the last one was sent reaches it."""
+        self._commands[worker - 1].close(0)
+        self._commands[worker - 1] = _open(self._context, zmq.PUSH, address, bind=False)
+        self._rings[worker - 1].close()
+        self._rings[worker - 1] = Ring.create()
+
     def receive(self, timeout_s: float) -> ToLead | None:
         """The next report; None after `timeout_s`. Raises `BadMessage`."""
         if not self._reports.poll(int(timeout_s * 1000)):
@@ -84,6 +99,10 @@ class LeadChannel:
     def send_step(self, worker: int, message: ToWorker) -> None:
         """Send a small message over the ring. Blocks only where the worker is thousands of messages behind."""
         self._rings[worker - 1].write(codec.encode(message), RING_TIMEOUT_S)
+
+    def unread_bytes(self, worker: int) -> int:
+        """How much is in the ring of worker number `worker` that it has not read."""
+        return self._rings[worker - 1].unread_bytes
 
     def close(self) -> None:
         """Deliver what is on its way, with a deadline, and remove the sockets."""

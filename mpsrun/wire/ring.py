@@ -55,6 +55,11 @@ class Ring:
     def open(cls, path: str) -> Ring:
         return cls(open_memfd(path, _DATA + CAPACITY_BYTES), path)
 
+    @property
+    def unread_bytes(self) -> int:
+        """How much was written and not yet read."""
+        return self._head.value - self._tail.value & _MASK
+
     def close(self) -> None:
         """Unmap this end; nothing can be written or read here any more."""
         self._data.release()

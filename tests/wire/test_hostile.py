@@ -201,7 +201,7 @@ class TestRing:
 @pytest.fixture(scope="class")
 def expendable() -> Iterator[Coordinator]:
     """A worker for each message: one that is refused ends the worker's work."""
-    with pool.running(Config(workers=len(SENT) + 3, lanes="workers", timeout_s=20.0)) as coordinator:
+    with pool.running(Config(workers=len(SENT) + 3, lanes="workers", timeout_s=20.0, worker_restarts=0)) as coordinator:
         yield coordinator
 
 
@@ -249,7 +249,7 @@ class TestWorkers:
 
 @pytest.fixture(scope="class")
 def few() -> Iterator[Coordinator]:
-    with pool.running(Config(workers=2, lanes="workers", timeout_s=20.0)) as coordinator:
+    with pool.running(Config(workers=2, lanes="workers", timeout_s=20.0, worker_restarts=0)) as coordinator:
         yield coordinator
 
 
