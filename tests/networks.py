@@ -392,10 +392,11 @@ class Masks(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.scale = nn.Parameter(torch.ones(6))
         self.head = nn.Linear(12, 2)
 
     def forward(self, x: Tensor, classes: Tensor) -> Tensor:
-        y = torch.sigmoid(x) * (classes * 0.125).cos().exp().sin().exp()
+        y = torch.sigmoid(x * self.scale) * (classes * 0.125).cos().exp().sin().exp()
         return self.head(torch.cat([y.tanh(), y.cos().sin().exp().sin()], 1))
 
 

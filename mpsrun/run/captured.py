@@ -316,8 +316,7 @@ class _Body:
             self._backwards[present] = self._record_backward(present)
         recording = self._backwards[present]
         found = self._grad_of(present) if recording is None else recording.replay()
-        kept = iter(_fresh([gradient for gradient in found if gradient is not None]))
-        return [None if gradient is None else next(kept) for gradient in found]
+        return _kept(found)
 
     def _record_backward(self, present: tuple[int, ...]) -> Recording | None:
         try:
@@ -368,6 +367,20 @@ def _copied(output: torch.Tensor) -> torch.Tensor:
     return output.detach().clone()
 
 
-def _fresh(tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """Copies of gradients, in one call: there may be hundreds."""
-    return torch._foreach_mul(tensors, 1) if tensors else []
+def _kept(gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Copies in fresh memory, those of one dtype side by side: one allocation where there may be hundreds."""
+    copies = [*gradients]
+    rows: dict[torch.dtype, dict[int, torch.Tensor]] = {}
+    for i, gradient in enumerate(gradients):
+        if gradient is not None and gradient.is_contiguous():
+            rows.setdefault(gradient.dtype, {})[i] = gradient
+        elif gradient is not None:
+            copies[i] = gradient.clone()
+    for row in rows.values():
+        sources = [*row.values()]
+        whole = sources[0].new_empty(sum(source.numel() for source in sources))
+        parts = torch._utils._unflatten_dense_tensors(whole, sources)
+        torch._foreach_copy_(parts, sources)
+        for i, part in zip(row, parts, strict=True):
+            copies[i] = part
+    return copies

@@ -67,5 +67,5 @@ def _times(analysis: Analysis, args: Sequence[Any]) -> Times:
     with torch.random.fork_rng(devices=[]), philox.undisturbed(kind):
         observer.run(*copies)
     values = dict(zip(plain.placeholders, copies, strict=True))
-    profiler = Profiler(analysis.effects, observer.observation, values, kind, with_peak=True)
+    profiler = Profiler(analysis.effects, observer.observation, values, kind, in_detail=True)
     return profiler.times(regions, Costs(MACHINES[kind]))

@@ -98,6 +98,8 @@ def _branch(branch: BranchPart) -> Iterator[str]:
     yield f"{(branch.bytes_in + branch.bytes_out) / 2**20:.2f} MiB cross"
     if branch.peak_bytes is not None:
         yield f"{branch.peak_bytes / 2**20:.1f} MiB of memory"
+    if branch.sm_demand is not None:
+        yield f"{branch.sm_demand:.0%} of the SMs"
 
 
 def _bound(bound: Bound) -> str:

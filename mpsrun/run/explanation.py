@@ -23,7 +23,7 @@ class BranchPart(msgspec.Struct, frozen=True, kw_only=True):
 
     not_measured: why there are no times of its own. pinned: why it cannot leave the lead. critical: whether the
     critical path goes through it. bytes_in, bytes_out: what would cross to a worker and back. peak_bytes: of the
-    device's memory, None on a CPU.
+    device's memory; sm_demand: the part of its multiprocessors that the kernels fill, by time. Both None on a CPU.
     """
 
     name: str
@@ -39,6 +39,7 @@ class BranchPart(msgspec.Struct, frozen=True, kw_only=True):
     kernels: int
     flops: int
     peak_bytes: int | None
+    sm_demand: float | None
 
 
 class RegionPlan(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,7 +19,7 @@ from mpsrun.graph.program import build, extract
 from mpsrun.graph.regions import Branch, Region
 from mpsrun.graph.state import applied
 from mpsrun.plan.cost import Costs
-from mpsrun.run import philox
+from mpsrun.run import demand, philox
 from mpsrun.run import state as modes
 from mpsrun.run.layout import TensorMeta
 from mpsrun.run.observe import Observation
@@ -32,12 +32,14 @@ LIMIT_S = 5.0
 class Alone:
     """Medians of a branch that runs alone; `backward_us` is 0 where nothing is differentiated.
 
-    peak_bytes: of the device's memory beyond its inputs; None on a CPU, and where it was not asked for.
+    peak_bytes: of the device's memory beyond its inputs; sm_demand: the part of its multiprocessors that the kernels
+    fill, from 0 to 1. Both None on a CPU, and where they were not asked for.
     """
 
     forward_us: float
     backward_us: float
     peak_bytes: int | None = None
+    sm_demand: float | None = None
 
     @property
     def us(self) -> float:
@@ -67,15 +69,15 @@ def measured_us(times: Times) -> dict[int, tuple[float, ...]]:
 class Profiler:
     """Runs the branches of one graph alone, under the modes of the calling thread.
 
-    values: what the graph was called with, by placeholder. with_peak: measure memory, too, which starts the peak of the
-    process's own statistics anew.
+    values: what the graph was called with, by placeholder. in_detail: measure memory, too, which starts the peak of the
+    process's own statistics anew, and the demand of its kernels, which starts a profiler.
     """
 
     def __init__(
-        self, effects: Effects, seen: Observation, values: Mapping[fx.Node, Any], kind: str, with_peak: bool = False
+        self, effects: Effects, seen: Observation, values: Mapping[fx.Node, Any], kind: str, in_detail: bool = False
     ) -> None:
         self._effects, self._seen, self._values = effects, seen, values
-        self._kind, self._with_peak = kind, with_peak and kind == "cuda"
+        self._kind, self._in_detail = kind, in_detail and kind == "cuda"
         # Casts that the caller's autocast keeps would be made once, and for the caller to keep.
         self._state = msgspec.structs.replace(modes.ambient(kind), cache=False)
 
@@ -94,14 +96,15 @@ class Profiler:
             return NotMeasured(f"the branches before it took {LIMIT_S:.0f} s")
         try:
             run = self._runnable(branch)
-            peak_bytes = self._peak_bytes(run) if self._with_peak else None
+            peak_bytes = self._peak_bytes(run) if self._in_detail else None
             run()
             forward_us, backward_us = zip(*(run() for _ in range(RUNS)), strict=True)
+            asked_for = demand.measure(run) if self._in_detail else None
         except NotShippable as error:
             return NotMeasured(str(error))
         except Exception as error:  # noqa: BLE001 - values made up may be none that its ops take
             return NotMeasured(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
-        return Alone(statistics.median(forward_us), statistics.median(backward_us), peak_bytes)
+        return Alone(statistics.median(forward_us), statistics.median(backward_us), peak_bytes, asked_for)
 
     def _runnable(self, branch: Branch) -> Callable[[], tuple[float, float]]:
         program, outside = extract(branch.nodes, self._effects, branch.outputs)
