@@ -48,7 +48,11 @@ def test_tuning_waits_for_the_worker(
     orders.give(1, "between" if fault == "cut" else "forward", fault)
     for _ in range(2):  # the second time something is on a socket that is cut
         auto.counts(timeout_s=0.1)
-    training.steps_until(lambda: auto.links[0].generation > generation, WATCHDOG_S + BACK_S)
+    training.steps_until(lambda: auto.links[0].lost is not None, WATCHDOG_S + BACK_S)
+    training.step()
+    timed = len(clock.names)
+    training.steps_until(lambda: auto.links[0].generation > generation, BACK_S)
+    assert len(clock.names) == timed, "steps without the worker are not compared"
     training.steps_until(lambda: bool(plans._saved.graphs), BACK_S)
     assert "worker 1" in kept()
     assert len(clock.names) <= tuner.MAX_STEPS

@@ -1,5 +1,6 @@
 """A worker without memory for a region: the region moves to the lead, and the worker goes on with everything else."""
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -7,8 +8,10 @@ import pool
 import pytest
 import torch
 from networks import Three
+from torch import nn
 from transparency import TOLERANCE
 
+import mpsrun
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.worker import lacks_memory
 from tests.faults.workers.conftest import SPARE_S, Orders, Training, batch
@@ -80,6 +83,26 @@ def test_with_several_forwards_under_way(lively: Coordinator, orders: Orders) ->
         total.backward()
     for (name, p), q in zip(training.model.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, **TOLERANCE, msg=name)
+    assert orders.are_followed()
+
+
+def test_with_more_work_in_its_ring(lively: Coordinator, orders: Orders) -> None:
+    """Branches are sent one by one, and waited for at the end: what comes after the refused one is done after it."""
+    torch.manual_seed(0)
+    fast = mpsrun.Branches([nn.Linear(6, 6) for _ in range(7)], join="cat").double()
+    plain = copy.deepcopy(fast)
+    for step in range(8):
+        if step in (3, 5):
+            orders.give(1, "forward" if step == 3 else "backward", "OOM")
+        for model in (fast, plain):
+            model.zero_grad()
+        found = fast(batch(step), active=range(7))
+        wanted = torch.cat([branch(batch(step)) for branch in plain], 1)
+        torch.testing.assert_close(found, wanted, **TOLERANCE)
+        for outputs in (found, wanted):
+            outputs.square().sum().backward()
+        for p, q in zip(fast.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, **TOLERANCE)
     assert orders.are_followed()
 
 

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +59,18 @@ FAULTS: dict[str, Callable[[], Any]] = {
 }
 
 
-def follow(worker: str, phase: str) -> None:
+def follow(worker: str, phase: str, but: Collection[str] = ()) -> None:
     order = Path(os.environ[ORDERS]) / f"{worker}-{phase}"
-    if order.exists():
-        fault = order.read_text()
+    if order.exists() and (fault := order.read_text()) not in but:
         order.unlink()
         FAULTS[fault]()
 
 
 def install(worker: str) -> None:
-    """Look for orders at each phase of a worker's life; those within a step come when its work is all but done."""
+    """Look for orders at each phase of a worker's life.
+
+    Within a step they are followed when its work is all but done, but for a lack of memory, which leaves it undone.
+    """
     from mpsrun.run.executor import Executor
     from mpsrun.run.worker import Worker
     from mpsrun.wire import channel
@@ -87,6 +89,7 @@ def install(worker: str) -> None:
         real = getattr(Executor, name)
 
         def call(*args: Any, **options: Any) -> None:
+            follow(worker, phase, but=FAULTS.keys() - {"OOM"})
             real(*args, **options)
             follow(worker, phase)
 
