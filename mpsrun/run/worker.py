@@ -12,6 +12,7 @@ from mpsrun import config
 from mpsrun.device import Chunk, ChunkHandle, Device, open_device, typed_view
 from mpsrun.errors import MpsrunError
 from mpsrun.graph.program import validate
+from mpsrun.launch.error_file import leave_error
 from mpsrun.run.executor import Executor
 from mpsrun.run.state import apply_flags
 from mpsrun.wire import messages as m
@@ -148,6 +149,7 @@ class Worker:
                 self._device.synchronize()
             except Exception as further:  # noqa: BLE001 - a broken CUDA context: the first error is the one to report
                 text += f"\nwhile draining the device: {further}"
+        leave_error(config.current().error_file(f"worker {self.index}"), error)
         self.channel.send(m.Failed(self.index, seq, type(error).__name__, str(error), text))
 
     def _idle(self) -> None:

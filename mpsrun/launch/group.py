@@ -1,0 +1,179 @@
+"""One start of the group: lead and workers from their start to their end, and what failed on the way."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from mpsrun.config import Config
+from mpsrun.launch import error_file, pulse, signals
+from mpsrun.launch.ending import end
+from mpsrun.launch.failures import Failure, failure
+from mpsrun.launch.identity import stat_fields
+from mpsrun.launch.keeper import Keeper
+from mpsrun.launch.spawn import spawn_lead, spawn_worker
+from mpsrun.launch.target import Target
+from mpsrun.log import say
+from mpsrun.mps.service import Service
+
+INTERRUPT_S = 8.0  # what a lead has after a Ctrl-C to get back to Python, and then to end its last step
+LOST_MPS_S = 10.0  # what a lead has to notice that its CUDA MPS server is gone
+_GRACE_S = 1.0  # for workers which the lead has told to end
+_LOOK_AGAIN_S = 5.0  # children announce their ends; this is for an announcement that got lost
+_LOOK_SOON_S = 0.5
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one start of the group went.
+
+    returncode: the lead's exit status, minus the signal that ended it, None where mpsrun ended it. asked: whether
+    somebody wanted the end, by a key or a signal to the launcher.
+    """
+
+    returncode: int | None
+    asked: bool = False
+    failures: tuple[Failure, ...] = ()
+
+
+@dataclass
+class Watch:
+    """What the launcher has seen of a running group."""
+
+    config: Config
+    mps: Service
+    lead: "subprocess.Popen[bytes]"
+    workers: "list[Worker]"
+    failures: list[Failure] = field(default_factory=list)
+    asked: bool = False
+    given_up: bool = False
+    _mps_lost_s: float | None = None
+    _interrupted: pulse.Question | None = None
+
+    def until_end(self) -> Outcome:
+        """Pass on signals until the lead has ended, or has to be ended."""
+        while self.lead.poll() is None and not self._is_stuck():
+            try:
+                stopped = os.waitid(os.P_PID, self.lead.pid, os.WSTOPPED | os.WNOHANG)
+            except ChildProcessError:  # it ended just now
+                continue
+            if stopped is not None:
+                signals.stop_with(stopped.si_status)
+            self._look()
+            info = signal.sigtimedwait(signals.WATCHED, self._patience_s())
+            if info is not None:
+                self._take(info)
+        ended_s = time.monotonic()
+        self._look()
+        return self._outcome(ended_s)
+
+    def _take(self, info: signal.struct_siginfo) -> None:
+        self.asked = self.asked or info.si_signo in signals.ENDING
+        if info.si_signo == signal.SIGINT and self._interrupted is None:
+            self._interrupted = pulse.Question(self.config)
+        is_stopped = info.si_signo == signal.SIGCONT and stat_fields(self.lead.pid)[:1] == ["T"]
+        if signals.is_for_lead(info, self.lead.pid) or is_stopped:
+            self.lead.send_signal(info.si_signo)
+
+    def _look(self) -> None:
+        """Note what has ended."""
+        for worker in self.workers:
+            if (failed := worker.failed()) is not None:
+                self.failures.append(failed)
+        for role, pid in self.mps.lost():
+            at_s = time.monotonic()
+            self.failures.append(failure(role, pid, None, at_s, self.config.error_file(role), self.mps.log))
+            self._mps_lost_s = self._mps_lost_s or at_s
+            say(f"the {role} (pid {pid}) has ended; the log is {self.mps.log}")
+
+    def _is_stuck(self) -> bool:
+        """Return whether the lead has to be ended: nothing that it waits for will come."""
+        if self._mps_lost_s is not None and time.monotonic() - self._mps_lost_s > LOST_MPS_S:
+            say(f"the script has not ended {LOST_MPS_S:g} s after its CUDA MPS: ending it")
+            self.given_up = True
+        if self._interrupted is not None and self._interrupted.unanswered(INTERRUPT_S):
+            say(f"the script has not come back to Python within {INTERRUPT_S:g} s of the interrupt: ending it")
+            self.given_up = True
+        return self.given_up
+
+    def _patience_s(self) -> float:
+        waits = self._mps_lost_s is not None or self._interrupted is not None
+        return _LOOK_SOON_S if waits else _LOOK_AGAIN_S
+
+    def _outcome(self, ended_s: float) -> Outcome:
+        code = None if self.given_up else self.lead.returncode
+        for worker in self.workers:
+            if (raised := worker.raised()) is not None:
+                self.failures.append(raised)
+        if code != 0:
+            self.failures.append(failure("lead", self.lead.pid, code, ended_s, self.config.error_file("lead")))
+        return Outcome(code, self.asked, tuple(self.failures))
+
+
+def run_group(
+    config: Config, target: Target, mps: Service, keeper: Keeper, mask: Collection[int], extra: Mapping[str, str]
+) -> Outcome:
+    """Run the script in a lead, with workers beside it; all of them have ended on return."""
+    with _workers(config, mps, keeper) as workers:
+        if early := signal.sigpending() & signals.ENDING:
+            return Outcome(-min(early), asked=True)
+        lead = spawn_lead(config, target, os.getpid(), mask, extra)
+        keeper.lead(lead.pid)
+        try:
+            return Watch(config, mps, lead, workers).until_end()
+        finally:
+            end([lead], release=mps.release)
+
+
+class Worker:
+    """A worker process as its parent sees it."""
+
+    def __init__(self, config: Config, index: int) -> None:
+        self.index = index
+        self.role = f"worker {index}"
+        self.log = config.worker_log(index)
+        self.process = spawn_worker(config, index, os.getpid())
+        self._errors = config.error_file(self.role)
+        self._told = False
+
+    def failed(self) -> Failure | None:
+        """Return once, and say, that the worker ended before the lead, unless the lead told it to."""
+        status = self.process.poll()
+        if self._told or not status:
+            return None
+        self._told = True
+        found = failure(self.role, self.process.pid, status, time.monotonic(), self._errors, self.log)
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        say(f"{self.role} (pid {self.process.pid}) {how}; last line of {self.log}: {self._last_line()}")
+        return found
+
+    def raised(self) -> Failure | None:
+        """Return what the worker raised, where it has not ended: it keeps its memory until the lead ends it."""
+        if self._told or error_file.read(self._errors) is None:
+            return None
+        return failure(self.role, self.process.pid, self.process.poll(), time.monotonic(), self._errors, self.log)
+
+    def _last_line(self) -> str:
+        try:
+            lines = self.log.read_text(errors="replace").split("\n")
+        except OSError:
+            lines = []
+        return next((line.strip() for line in reversed(lines) if line.strip()), "(empty)")
+
+
+@contextlib.contextmanager
+def _workers(config: Config, mps: Service, keeper: Keeper) -> Iterator[list[Worker]]:
+    workers: list[Worker] = []
+    try:
+        for index in range(1, config.worker_count() + 1):
+            worker = Worker(config, index)
+            workers.append(worker)  # one by one: those that run are ended where the next one fails to start
+            keeper.note(worker.process.pid)
+        yield workers
+    finally:
+        grace_s = _GRACE_S if config.capture_marker.exists() else 0.0
+        end([worker.process for worker in workers], grace_s, mps.release)
+        keeper.no_lead()
