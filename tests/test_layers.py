@@ -18,6 +18,7 @@ BELOW = {
     "report": {"run", "plan", "graph"},
     "run": {"mps", "wire", "device", "plan", "graph", *(f"launch.{name}" for name in OF_LAUNCH)},
     "wire": {"device", "plan", "graph"},
+    "checkpointer": set[str](),
     "device": set[str](),
     "mps": set[str](),
     "plan": {"graph"},

@@ -49,7 +49,7 @@ class Failure:
 
     def how(self) -> str:
         """Say how it ended, in words."""
-        if self.message and self.returncode in (None, 1):
+        if self.message and (self.returncode is None or self.returncode > 0):
             return self.message.splitlines()[0]
         if self.returncode is None:
             return "ended"
@@ -69,9 +69,13 @@ def signal_name(number: int) -> str:
 def failure(
     role: Role, pid: int, returncode: int | None, at_s: float, errors: Path, log: Path | None = None
 ) -> Failure:
-    """Make a failure of what was seen at `at_s`, and of what the process has left in the file `errors`."""
+    """Make a failure of what was seen at `at_s`, and of what the process has left in the file `errors`.
+
+    The file is removed: the next process in this role has its own.
+    """
     now = dt.datetime.now().astimezone()
     left = error_file.read(errors)
+    errors.unlink(missing_ok=True)
     if left is None:
         return Failure(role, pid, returncode, at_s, now, log)
     said_s = left.extraInfo.monotonic_s
