@@ -125,6 +125,7 @@ def run_group(
         try:
             return Watch(config, mps, lead, workers).until_end()
         finally:
+            keeper.no_lead()
             end([lead], release=mps.release)
 
 
@@ -176,4 +177,3 @@ def _workers(config: Config, mps: Service, keeper: Keeper) -> Iterator[list[Work
     finally:
         grace_s = _GRACE_S if config.capture_marker.exists() else 0.0
         end([worker.process for worker in workers], grace_s, mps.release)
-        keeper.no_lead()

@@ -18,7 +18,7 @@ from pathlib import Path
 from mpsrun.launch.identity import Identity
 from mpsrun.launch.leftovers import clear, end_processes, note
 
-LEAD_S = 4.0  # what the launcher has to end the others once the lead has ended
+LEAD_S = 2.0  # what the launcher has to say that it ends the others, once the lead has ended
 MPS_S = 3.0  # what the guard of a private CUDA MPS has to end it in good order
 _DONE = b"done\n"
 _NO_LEAD = b"none\n"
@@ -44,7 +44,7 @@ class Keeper:
             self._tell(f"{identity}\n".encode())
 
     def no_lead(self) -> None:
-        """The launcher has ended the group itself."""
+        """The launcher knows that the lead has ended, and ends the others itself."""
         self._tell(_NO_LEAD)
 
     def dismiss(self) -> None:

@@ -62,7 +62,7 @@ def noted(run_dir: Path) -> list[Identity]:
 
 def _remove_shared_memory(process: Identity) -> None:
     """Remove what torch shared by name for a process that has ended; its files carry its pid."""
-    if Path(f"/proc/{process.pid}").exists():  # it lives, or another process has its number by now
+    if Identity.of(process.pid) is not None:  # it lives, or another process has its number by now
         return
     for path in _SHARED_MEMORY.glob(f"torch_{process.pid}_*"):
         try:
