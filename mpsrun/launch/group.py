@@ -19,7 +19,7 @@ from mpsrun.launch.target import Target
 from mpsrun.log import say
 from mpsrun.mps.service import Service
 
-INTERRUPT_S = 8.0  # what a lead has after a Ctrl-C to get back to Python, and then to end its last step
+INTERRUPT_S = 5.0  # what a lead has after a Ctrl-C to get back to Python; to end it takes up to five more
 LOST_MPS_S = 10.0  # what a lead has to notice that its CUDA MPS server is gone
 _GRACE_S = 1.0  # for workers which the lead has told to end
 _LOOK_AGAIN_S = 5.0  # children announce their ends; this is for an announcement that got lost

@@ -165,7 +165,8 @@ class Worker:
 def main(index: int) -> None:
     """Serve as worker `index`, from 1; the process is tied to its parent already. Does not return."""
     settings = config.current()
-    channel = WorkerChannel(settings.worker_socket(index), settings.report_socket)
+    secret = settings.secret_file.read_bytes()
+    channel = WorkerChannel(settings.worker_socket(index), settings.report_socket, secret)
     Worker(index, channel).run()
     channel.close()
     os._exit(0)  # no interpreter shutdown: memory shared by CUDA IPC is closed by the driver, in whatever order

@@ -95,7 +95,7 @@ def test_a_server_in_fault_is_not_used_again(runner: Runner, logs: Path) -> None
     assert len({line.split()[0] for line in (logs / "commands").read_text().splitlines()}) == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSEGV, marks=pytest.mark.slow)])
 def test_a_server_that_dies(runner: Runner, logs: Path, number: signal.Signals) -> None:
     """The lead's own error comes with it; the cause is the server."""
     runner.env["LET_LOOK"] = "0.7"  # the launcher has to know the server
@@ -108,6 +108,7 @@ def test_a_server_that_dies(runner: Runner, logs: Path, number: signal.Signals) 
     assert "CUDA error 806 (CUDA_ERROR_MPS_RPC_FAILURE): the CUDA MPS server no longer answers" in said
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_under_a_script_that_does_not_notice(runner: Runner, logs: Path, tmp_path: Path) -> None:
     """The script hangs in a wait for the GPU: it is ended, and started again."""
     runner.env["LET_LOOK"] = "0.7"
@@ -121,7 +122,7 @@ def test_a_server_that_dies_under_a_script_that_does_not_notice(runner: Runner, 
     assert value(root_cause(done.stderr.decode()), "role") == "CUDA MPS server"
 
 
-@pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
+@pytest.mark.parametrize("how", ["SIGKILL", pytest.param("SIGSTOP", marks=pytest.mark.slow)])
 def test_a_daemon_that_dies_or_hangs(runner: Runner, logs: Path, how: str) -> None:
     """It is started anew where the group is; a stopped one is killed with its server."""
     runner.script(START + f"os.kill(daemon, signal.{how})\ntime.sleep(.3)\n" + ILLEGAL)
