@@ -80,31 +80,35 @@ def main(args: Sequence[str]) -> int:
 
 def _is_dismissed(run_dir: Path) -> bool:
     """Wait for the launcher's last word: False where it died instead."""
-    lead: int | None = None
+    lead: Identity | None = None
     while True:
-        line = _next_line(lead)
+        if lead is not None and not _speaks_before_end_of(lead):
+            lead = None
+            if not _speaks_within(LEAD_S):
+                end_processes(run_dir)
+        line = _read_line()
         if line in (b"", _DONE):
             return line == _DONE
-        if lead is not None:
-            os.close(lead)
-        lead = None
-        if line is None:
-            end_processes(run_dir)
-        elif line != _NO_LEAD:
-            lead = Identity.parse(line.decode()).open()
+        lead = None if line == _NO_LEAD else Identity.parse(line.decode())
 
 
-def _next_line(lead: int | None) -> bytes | None:
-    """Return the launcher's next line, empty where it died; None where the lead did and the launcher does nothing."""
+def _speaks_before_end_of(process: Identity) -> bool:
+    """Wait for a line, or for the end of a process, which may have ended already; return whether there is a line."""
+    descriptor = process.open()
+    if descriptor is None:
+        return False
     poller = select.poll()
     poller.register(0, select.POLLIN)
-    if lead is not None:
-        poller.register(lead, select.POLLIN)
-        if 0 not in dict(poller.poll()):
-            poller.unregister(lead)
-            if not poller.poll(LEAD_S * 1000):
-                return None
-    return _read_line()
+    poller.register(descriptor, select.POLLIN)
+    ready = dict(poller.poll())
+    os.close(descriptor)
+    return 0 in ready
+
+
+def _speaks_within(timeout_s: float) -> bool:
+    poller = select.poll()
+    poller.register(0, select.POLLIN)
+    return bool(poller.poll(timeout_s * 1000))
 
 
 def _read_line() -> bytes:

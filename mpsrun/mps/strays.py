@@ -15,9 +15,12 @@ _KILL_S = 2.0
 def end(pipe_dir: Path, grace_s: float = 0.0) -> None:
     """Kill guard, daemon and servers that were started for `pipe_dir`, the directory of one run alone.
 
-    They are left `grace_s` to end by themselves. Returns when they are gone, or after two seconds more.
+    Where there is a guard, they are left `grace_s` to end in good order. Returns when they are gone, or after two
+    seconds more.
     """
-    psutil.wait_procs(_of(pipe_dir), grace_s)
+    found = _of(pipe_dir)
+    if any(GUARD_ROLE in _names(process.pid) for process in found):
+        psutil.wait_procs(found, grace_s)
     left = _of(pipe_dir)  # again: a daemon may have started a server meanwhile
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -88,10 +88,10 @@ def test_a_launcher_that_crashes(runner: Runner, number: signal.Signals) -> None
 def test_a_lead_that_dies_under_a_stopped_launcher(runner: Runner) -> None:
     """The workers end without it; continued, it ends as the lead did."""
     run = Run(runner)
+    workers = [process for process in run.family if "worker" in process.cmdline()]
     run.launcher.send_signal(signal.SIGSTOP)
     start = time.monotonic()
     os.kill(run.lead, signal.SIGKILL)
-    workers = [process for process in run.family if "worker" in process.cmdline()]
     assert len(workers) == 2
     wait_ended(workers, start)
     run.launcher.send_signal(signal.SIGCONT)
