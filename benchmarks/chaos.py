@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,8 +26,8 @@ TRAINING = Path(__file__).with_name("chaos_training.py")
 STEPS = 100
 MARK = "MPSRUN_CHAOS"  # in the environment of everything that a round starts
 LEFT_S = 5.0  # after which nothing may be left
-ROUND_S = 240.0
-RECOVER_S = 60.0
+ROUND_S = 600.0
+RECOVER_S = 120.0  # a start imports torch and compiles, maybe on a busy machine
 
 # role of the process, and the signal that it gets; "script": what the script is asked to do
 Fault = tuple[str, str]
@@ -125,6 +126,11 @@ class Round:
     @property
     def journal(self) -> Journal:
         return Journal.read(self.place / "journal")
+
+    def clear(self) -> None:
+        """Remove the round's directories."""
+        for directory in (self.place, self.runtime):
+            shutil.rmtree(directory, ignore_errors=True)
 
     def start(self) -> None:
         """Start the launcher, or start it again."""
@@ -270,12 +276,15 @@ def chaos(minutes: float, seed: int, on_gpu: bool, workers: int = 2) -> Figures:
     """Disturb trainings for so many minutes; what is under way then is finished undisturbed."""
     figures, generator = Figures(), random.Random(seed)
     faults = ANYWHERE + ON_GPU if on_gpu else ANYWHERE
-    wanted = Round(Figures(), generator, faults, workers).run(0.0, disturb=False)
+    undisturbed = Round(Figures(), generator, faults, workers)
+    wanted = undisturbed.run(0.0, disturb=False)
+    undisturbed.clear()
     if not wanted.ended:
         raise RuntimeError("expected the undisturbed training to end, found that it does not")
     until_s = time.monotonic() + 60 * minutes
     while time.monotonic() < until_s:
         trial = Round(figures, generator, faults, workers)
+        wrong_before = len(figures.wrong) + len(figures.leftovers)
         found = trial.run(until_s)
         figures.rounds += 1
         figures.restarts += max(0, found.lives - 1)
@@ -286,4 +295,6 @@ def chaos(minutes: float, seed: int, on_gpu: bool, workers: int = 2) -> Figures:
             figures.wrong.append(f"{trial.place.name}: steps {sorted(wanted.losses.keys() ^ found.losses.keys())}")
         pairs = [(found.losses[step], wanted.losses[step]) for step in found.losses.keys() & wanted.losses.keys()]
         figures.deviation = max(figures.deviation, found.differs, *(apart(*pair) for pair in pairs))
+        if len(figures.wrong) + len(figures.leftovers) == wrong_before:  # else they tell what went wrong
+            trial.clear()
     return figures
