@@ -20,7 +20,7 @@ from mpsrun.log import say
 from mpsrun.mps.service import Service
 
 INTERRUPT_S = 5.0  # what a lead has after a Ctrl-C to get back to Python; to end it takes up to five more
-LOST_MPS_S = 10.0  # what a lead has to notice that its CUDA MPS server is gone
+LOST_SERVER_S = 10.0  # what a lead has to notice that its CUDA MPS server is gone
 _GRACE_S = 1.0  # for workers which the lead has told to end
 _LOOK_AGAIN_S = 5.0  # children announce their ends; this is for an announcement that got lost
 _LOOK_SOON_S = 0.5
@@ -50,7 +50,7 @@ class Watch:
     failures: list[Failure] = field(default_factory=list)
     asked: bool = False
     given_up: bool = False
-    _mps_lost_s: float | None = None
+    _server_lost_s: float | None = None
     _interrupted: pulse.Question | None = None
 
     def until_end(self) -> Outcome:
@@ -86,13 +86,14 @@ class Watch:
         for role, pid in self.mps.lost():
             at_s = time.monotonic()
             self.failures.append(failure(role, pid, None, at_s, self.config.error_file(role), self.mps.log))
-            self._mps_lost_s = self._mps_lost_s or at_s
+            if role == "CUDA MPS server":  # one that is there serves its clients without the daemon
+                self._server_lost_s = self._server_lost_s or at_s
             say(f"the {role} (pid {pid}) has ended; the log is {self.mps.log}")
 
     def _is_stuck(self) -> bool:
         """Return whether the lead has to be ended: nothing that it waits for will come."""
-        if self._mps_lost_s is not None and time.monotonic() - self._mps_lost_s > LOST_MPS_S:
-            say(f"the script has not ended {LOST_MPS_S:g} s after its CUDA MPS: ending it")
+        if self._server_lost_s is not None and time.monotonic() - self._server_lost_s > LOST_SERVER_S:
+            say(f"the script has not ended {LOST_SERVER_S:g} s after its CUDA MPS server: ending it")
             self.given_up = True
         if self._interrupted is not None and self._interrupted.unanswered(INTERRUPT_S):
             say(f"the script has not come back to Python within {INTERRUPT_S:g} s of the interrupt: ending it")
@@ -100,7 +101,7 @@ class Watch:
         return self.given_up
 
     def _patience_s(self) -> float:
-        waits = self._mps_lost_s is not None or self._interrupted is not None
+        waits = self._server_lost_s is not None or self._interrupted is not None
         return _LOOK_SOON_S if waits else _LOOK_AGAIN_S
 
     def _outcome(self, ended_s: float) -> Outcome:

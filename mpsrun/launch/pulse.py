@@ -33,8 +33,11 @@ class Question:
 
 def answer_questions(config: Config) -> None:
     """Have the launcher's questions answered from now on; called in the lead."""
-    os.mkfifo(config.pulse_fifo, 0o600)
-    pipe = os.open(config.pulse_fifo, os.O_RDWR | os.O_CLOEXEC)  # with a writer of our own it never ends
+    try:
+        os.mkfifo(config.pulse_fifo, 0o600)
+        pipe = os.open(config.pulse_fifo, os.O_RDWR | os.O_CLOEXEC)  # with a writer of our own it never ends
+    except OSError:  # a full disk: nobody asks, and a Ctrl-C is as under `python`
+        return
     threading.Thread(target=_listen, args=(pipe, config.pulse_answer), name="mpsrun-pulse", daemon=True).start()
 
 

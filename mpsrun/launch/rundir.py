@@ -35,8 +35,12 @@ def private_run_dir() -> Iterator[Path]:
     with _locked(base / _LOCK):
         sweep(base)
         run_dir = _make(base)
-        record = _take_record(run_dir)
-        _write_new(Config(run_dir=run_dir).secret_file, os.urandom(SECRET_BYTES))
+        try:
+            record = _take_record(run_dir)
+            _write_new(Config(run_dir=run_dir).secret_file, os.urandom(SECRET_BYTES))
+        except OSError as error:  # a full disk
+            shutil.rmtree(run_dir, ignore_errors=True)
+            raise _not_writable(base, error) from None
     try:
         yield run_dir
     finally:

@@ -17,7 +17,7 @@ if os.environ.get("MPSRUN_CONFIG") is None:  # the launcher: it waits less long 
     from mpsrun.launch import group
     from mpsrun.mps import service
     group._LOOK_AGAIN_S = group._LOOK_SOON_S = service._LOOK_S = 0.1
-    group.LOST_MPS_S, service.SOUND_S = 2.0, 1.0
+    group.LOST_SERVER_S, service.SOUND_S = 2.0, 1.0
 """
 
 

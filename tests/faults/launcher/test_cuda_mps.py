@@ -118,7 +118,7 @@ def test_a_server_that_dies_under_a_script_that_does_not_notice(runner: Runner, 
     done = runner.mpsrun("--workers", "1", "--max-restarts", "1", "--log-dir", "logs", "train.py")
     assert (done.returncode, done.stdout.split()[-2:]) == (0, [b"again", b"1"])
     assert time.monotonic() - start < 45
-    assert "has not ended 2 s after its CUDA MPS" in done.stderr.decode()
+    assert "has not ended 2 s after its CUDA MPS server" in done.stderr.decode()
     assert value(root_cause(done.stderr.decode()), "role") == "CUDA MPS server"
 
 
@@ -132,6 +132,15 @@ def test_a_daemon_that_dies_or_hangs(runner: Runner, logs: Path, how: str) -> No
     assert time.monotonic() - start < 30
     if how == "SIGKILL":
         assert value(root_cause(done.stderr.decode()), "role") == "CUDA MPS daemon"
+
+
+def test_a_script_goes_on_without_the_daemon(runner: Runner, logs: Path) -> None:
+    """The server serves those that it has; one line tells of the daemon, and the server ends with the run."""
+    runner.script(START + "os.kill(daemon, signal.SIGKILL)\ntime.sleep(4)\nprint('through')")
+    done = runner.mpsrun("--workers", "1", "--log-dir", "logs", "train.py")
+    assert (done.returncode, done.stdout.split()[-1]) == (0, b"through")
+    assert done.stderr.count(b"the CUDA MPS daemon (pid ") == 1
+    assert not psutil.pid_exists(int(done.stdout.split()[3]))
 
 
 def test_a_worker_that_hangs_is_let_go_of_before_it_is_killed(runner: Runner, logs: Path) -> None:

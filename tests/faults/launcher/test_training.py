@@ -181,3 +181,12 @@ def test_a_full_disk(runner: Runner, tmp_path: Path, undisturbed: dict[str, str]
     assert done.returncode == 0, done.stderr.decode()
     assert losses(small) == undisturbed
     assert b"expected to write a checkpoint of step 1 to" in done.stderr
+
+
+def test_no_room_for_the_run_itself(runner: Runner) -> None:
+    """One line that says so, and nothing has been started."""
+    runner.script("print('ran')")
+    done = in_a_namespace(runner, f"-o size=4k run {runner.runtime}", "--workers", "1", "train.py")
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.startswith(b"mpsrun: expected a run directory that can be written, found ")
+    assert b"No space left on device; set XDG_RUNTIME_DIR" in done.stderr
