@@ -35,6 +35,7 @@ class Config:
     worker is started again. verify: calls on lanes that are compared with plain PyTorch, by network and plan. plan,
     save_plan: files to read plans from and to write them to.
     explain: the form in which the networks are explained, if at all; steps: after which the script is stopped then.
+    max_restarts: how often the script is started again after a failure.
     run_dir: the private directory of this run, None before the launcher made it and where there is no launcher.
     """
 
@@ -52,6 +53,7 @@ class Config:
     save_plan: Path | None = None
     explain: Explain = ""
     steps: int = 120
+    max_restarts: int = 0
     run_dir: Path | None = None
 
     def worker_count(self) -> int:
@@ -78,6 +80,25 @@ class Config:
         """File which takes stdout and stderr of worker `index` (from 1)."""
         name = f"worker-{index}.log"
         return self.log_dir / name if self.log_dir is not None else self._in_run_dir(name)
+
+    def error_file(self, role: str) -> Path:
+        """File in which the process `role` ("lead", "worker 1") leaves what ended it."""
+        return self._in_run_dir(f"error-{role.replace(' ', '-')}.json")
+
+    @property
+    def secret_file(self) -> Path:
+        """File with the secret that lead and workers of this run share."""
+        return self._in_run_dir("secret")
+
+    @property
+    def pulse_fifo(self) -> Path:
+        """Pipe on which the launcher asks whether the lead's main thread gets to run Python."""
+        return self._in_run_dir("pulse")
+
+    @property
+    def pulse_answer(self) -> Path:
+        """File which the lead's main thread makes when it was asked so."""
+        return self._in_run_dir("pulse-answer")
 
     @property
     def watchdog_log(self) -> Path | None:

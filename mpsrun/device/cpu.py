@@ -69,6 +69,7 @@ class CpuDevice:
 
     def _new_pages(self, size_bytes: int) -> tuple[mmap.mmap, ChunkHandle]:
         fd = os.memfd_create("mpsrun", os.MFD_CLOEXEC)
+        os.fchmod(fd, 0o600)  # others cannot open it through /proc anyway
         os.ftruncate(fd, size_bytes)
         pages = mmap.mmap(fd, size_bytes)
         weakref.finalize(pages, os.close, fd).atexit = False

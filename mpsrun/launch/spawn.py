@@ -14,7 +14,7 @@ from mpsrun.launch.family import parent_env
 from mpsrun.launch.python_flags import python_flags
 from mpsrun.launch.target import Target
 from mpsrun.mps.control import LOG_DIRECTORY, PIPE_DIRECTORY
-from mpsrun.mps.lifecycle import GUARD_LOG
+from mpsrun.mps.service import GUARD_LOG
 
 
 def spawn_worker(config: Config, index: int, parent_pid: int, generation: int = 0) -> subprocess.Popen[bytes]:
@@ -43,7 +43,7 @@ def spawn_lead(
     """
     return subprocess.Popen(
         [sys.executable, *python_flags(), "-m", "mpsrun", "lead", *target.to_argv()],
-        env={**(extra or {}), **os.environ, **config.to_env(), **parent_env(parent_pid, mask)},
+        env={**os.environ, **(extra or {}), **config.to_env(), **parent_env(parent_pid, mask)},
         close_fds=False,
     )
 
@@ -53,6 +53,11 @@ def spawn_guard(pipe_dir: Path, log_dir: Path, parent_pid: int) -> subprocess.Po
     directories = {PIPE_DIRECTORY: str(pipe_dir), LOG_DIRECTORY: str(log_dir)}
     with (log_dir / GUARD_LOG).open("ab", buffering=0) as log:
         return _spawn_own(["mps-daemon", str(pipe_dir)], log, os.environ | directories, parent_pid)
+
+
+def spawn_keeper(run_dir: Path, parent_pid: int) -> subprocess.Popen[bytes]:
+    """Start the process that clears up after us; the other end of its stdin is ours alone (see keeper.py)."""
+    return _spawn_own(["keeper", str(run_dir)], subprocess.DEVNULL, os.environ, parent_pid, subprocess.PIPE)
 
 
 def run_plain(config: Config, target: Target, mask: Collection[int] = ()) -> None:
@@ -77,16 +82,21 @@ def make_log_dir(config: Config) -> None:
 
 
 def _spawn_own(
-    role: Sequence[str], log: IO[bytes], environ: Mapping[str, str], parent_pid: int
+    role: Sequence[str],
+    log: IO[bytes] | int,
+    environ: Mapping[str, str],
+    parent_pid: int,
+    stdin: int = subprocess.DEVNULL,
 ) -> subprocess.Popen[bytes]:
     """Start a process that runs none of the user's code, in a process group of its own."""
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "mpsrun", *role],  # -P: the user's files must not hide what it imports
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=log,
         stderr=subprocess.STDOUT,
         env=_with_package({**environ, **parent_env(parent_pid)}),
         process_group=0,
+        bufsize=0,
     )
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import signal
 import subprocess
 import threading
 import time
@@ -10,7 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mpsrun.config import REPORTED, Config
-from mpsrun.launch.ending import end
+from mpsrun.launch import error_file, leftovers
+from mpsrun.launch.ending import Release, end
+from mpsrun.launch.failures import Failure, failure, signal_name
 from mpsrun.launch.spawn import spawn_worker
 from mpsrun.log import say
 
@@ -21,12 +22,14 @@ _OWN_LOOK_S = 0.2
 class Worker:
     """One worker, whatever process it is at the moment.
 
-    tell: what to do with the line that says how a process ended too early.
+    tell: what to do with the line that says how a process ended too early. failures: those of all its processes.
     """
 
     def __init__(self, config: Config, index: int, tell: Callable[[str], None]) -> None:
         self.index = index
+        self.role = f"worker {index}"
         self.log = config.worker_log(index)
+        self.failures: list[Failure] = []
         self._config = config
         self._tell = tell
         self._generation = 0
@@ -45,48 +48,68 @@ class Worker:
         if self._due_s is None or self._config.closing_marker.exists():
             return None
         left_s = self._due_s - time.monotonic()
-        if left_s <= 0:
-            self._start_again()
-            return None
-        return left_s
+        return left_s if left_s > 0 else self._start_again()
+
+    def note_end(self) -> None:
+        """Note that the process failed, if it did: it ended too early, or has left in its error file why it will."""
+        status = self.process.poll()
+        errors = self._config.error_file(self.role)
+        if self._ended or (status is None and error_file.read(errors) is None):
+            return
+        self._ended = True
+        if status == 0:  # the lead has told it to end
+            return
+        self.failures.append(failure(self.role, self.process.pid, status, time.monotonic(), errors, self.log))
+        if status not in (None, REPORTED):  # else the lead has heard why
+            self._tell(self._how_it_ended(status))
 
     def _examine(self) -> float | None:
-        status = self.process.poll()
-        if status is None:
-            left_s = self._since_s + self._config.start_s - time.monotonic()
-            if self._is_there():
-                return None
-            if left_s <= 0:
-                self.process.kill()
-            return max(left_s, 0.1)
-        self._ended = True
-        if status not in (0, REPORTED):  # the lead has told the one to end, and heard why from the other
-            self._tell(self._how_it_ended(status))
+        if self.process.poll() is not None:
+            self.note_end()
+            return self._expect_next()
+        if self._is_there():
+            return None
+        left_s = self._since_s + self._config.start_s - time.monotonic()
+        if left_s <= 0:
+            self.process.kill()
+        return max(left_s, 0.1)
+
+    def _expect_next(self) -> float | None:
+        """Settle when the next process starts; returns in how many seconds, None where none will."""
+        self._due_s = None
         if self._generation >= self._config.worker_restarts:
             return None
         wait_s = BACK_OFF_S[min(self._generation, len(BACK_OFF_S) - 1)]
         self._due_s = time.monotonic() + wait_s
         return wait_s
 
-    def _start_again(self) -> None:
-        self._due_s, self._ended = None, False
+    def _start_again(self) -> float | None:
         self._generation += 1
         try:
             self.process = self._spawn()
         except OSError as error:  # no memory or no room for a process: as if it had ended at once
-            self._tell(f"worker {self.index} could not be started again: {error.strerror}")
+            self._tell(f"{self.role} could not be started again: {error.strerror}")
+            return self._expect_next()
+        self._due_s, self._ended = None, False
+        return None
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         self._since_s = time.monotonic()
-        return spawn_worker(self._config, self.index, os.getpid(), self._generation)
+        self._was_there = False
+        process = spawn_worker(self._config, self.index, os.getpid(), self._generation)
+        assert self._config.run_dir is not None
+        leftovers.note(self._config.run_dir, process.pid)
+        return process
 
     def _is_there(self) -> bool:
-        """Whether it has imported torch and listens on its socket."""
-        return Path(self._config.worker_socket(self.index, self._generation).removeprefix("ipc://")).exists()
+        """Whether it has imported torch and listens on its socket, whatever became of the socket's file since."""
+        socket = Path(self._config.worker_socket(self.index, self._generation).removeprefix("ipc://"))
+        self._was_there = self._was_there or socket.exists()
+        return self._was_there
 
     def _how_it_ended(self, status: int) -> str:
-        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        return f"worker {self.index} (pid {self.process.pid}) {how}; last line of {self.log}: {self._last_line()}"
+        how = f"was killed by {signal_name(-status)}" if status < 0 else f"ended with status {status}"
+        return f"{self.role} (pid {self.process.pid}) {how}; last line of {self.log}: {self._last_line()}"
 
     def _last_line(self) -> str:
         try:
@@ -97,15 +120,20 @@ class Worker:
 
 
 @contextlib.contextmanager
-def workers_of(config: Config, tell: Callable[[str], None], grace_s: Callable[[], float]) -> Iterator[list[Worker]]:
-    """All workers of a run, ended at the end; `grace_s`: how long they may then take by themselves."""
+def workers_of(
+    config: Config, tell: Callable[[str], None], grace_s: Callable[[], float], release: Release | None = None
+) -> Iterator[list[Worker]]:
+    """All workers of a run, ended at the end.
+
+    grace_s: how long they may then take by themselves. release: takes those that do not end off the GPU.
+    """
     workers: list[Worker] = []
     try:
         for index in range(1, config.worker_count() + 1):
             workers.append(Worker(config, index, tell))  # noqa: PERF401 - those that run end where the next one fails
         yield workers
     finally:
-        end([worker.process for worker in workers], grace_s())
+        end([worker.process for worker in workers], grace_s(), release)
 
 
 def look_at(workers: Sequence[Worker], within_s: float) -> float:

@@ -45,7 +45,7 @@ class Coordinator:
         self.lock = threading.RLock()
         count = settings.worker_count()
         addresses = [settings.worker_socket(i) for i in range(1, count + 1)]
-        self._channel = LeadChannel(addresses, settings.report_socket)
+        self._channel = LeadChannel(addresses, settings.report_socket, settings.secret_file.read_bytes())
         self._counter_numbers = itertools.count(SUBMITTED + 1)
         self.links = [Link(i, self._channel, next(self._counter_numbers)) for i in range(1, count + 1)]
         self._counters = device.new_chunk(COUNTER_BYTES)

@@ -16,6 +16,7 @@ from mpsrun import config, log
 from mpsrun.config import Config
 from mpsrun.device import open_device
 from mpsrun.errors import MpsrunError
+from mpsrun.launch.pulse import answer_questions
 from mpsrun.launch.rundir import private_run_dir
 from mpsrun.launch.workers import Nursery
 from mpsrun.mps.control import Control, ControlError, pipe_dir_in_force
@@ -84,6 +85,8 @@ def _open(kind: str) -> Coordinator:
     settings = config.current()
     if settings.run_dir is None:
         settings = _start_own_workers(settings)
+    elif not settings.pulse_fifo.exists():
+        answer_questions(settings)
     if not _registered:
         _registered = True
         atexit.register(close)

@@ -14,6 +14,7 @@ from mpsrun.config import REPORTED
 from mpsrun.device import Chunk, ChunkHandle, Device, open_device, typed_view
 from mpsrun.errors import MpsrunError
 from mpsrun.graph.program import validate
+from mpsrun.launch.error_file import leave_error
 from mpsrun.run.executor import Executor
 from mpsrun.run.state import apply_flags
 from mpsrun.wire import messages as m
@@ -198,6 +199,7 @@ class Worker:
                 self._device.synchronize()
             except Exception as further:  # noqa: BLE001 - a broken CUDA context: the first error is the one to report
                 text += f"\nwhile draining the device: {further}"
+        leave_error(config.current().error_file(f"worker {self.index}"), error)
         report = m.Failed(self.index, seq, type(error).__name__, str(error), text, self.generation)
         self.channel.send(report)
 
@@ -213,7 +215,8 @@ def main(index: int, generation: int) -> None:
     generation: how many processes had this index before.
     """
     settings = config.current()
-    channel = WorkerChannel(settings.worker_socket(index, generation), settings.report_socket)
+    secret = settings.secret_file.read_bytes()
+    channel = WorkerChannel(settings.worker_socket(index, generation), settings.report_socket, secret)
     status = Worker(index, channel, generation).run()
     channel.close()
     os._exit(status)  # no interpreter shutdown: memory shared by CUDA IPC is closed by the driver, in whatever order

@@ -46,6 +46,7 @@ class Ring:
     def create(cls) -> Ring:
         """A ring in a memfd, which another process of this user opens by `path`."""
         fd = os.memfd_create("mpsrun-ring", os.MFD_CLOEXEC)
+        os.fchmod(fd, 0o600)
         os.ftruncate(fd, _DATA + CAPACITY_BYTES)
         ring = cls(mmap.mmap(fd, _DATA + CAPACITY_BYTES), f"/proc/{os.getpid()}/fd/{fd}")
         weakref.finalize(ring, os.close, fd).atexit = False

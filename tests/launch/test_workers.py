@@ -1,6 +1,7 @@
 """When a worker process is started again, and when not: with processes that end as a test says."""
 
 import dataclasses
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,8 @@ from mpsrun import config as configs
 from mpsrun.config import REPORTED, Config
 from mpsrun.launch import workers
 from mpsrun.launch.ending import end
+from mpsrun.launch.error_file import leave_error
+from mpsrun.launch.leftovers import noted
 from mpsrun.launch.workers import Nursery, Worker, look_at
 
 
@@ -64,6 +67,44 @@ def test_what_a_worker_has_told_the_lead_is_not_told_again(monkeypatch: pytest.M
     end(launched.processes)
 
 
+def test_each_process_that_fails_is_a_failure_of_its_own(monkeypatch: pytest.MonkeyPatch, settings: Config) -> None:
+    """One that raised, one that crashed, and one that has said why it ends but is still there; each is noted once."""
+    launched = Launched(monkeypatch, f"raise SystemExit({REPORTED})", "import os; os.abort()", "input()")
+    leave_error(settings.error_file("worker 1"), ValueError("of the first"))
+    worker = Worker(settings, 1, launched.told.append)
+    launched.run(worker, lambda: len(launched.processes) == 3)
+    leave_error(settings.error_file("worker 1"), ValueError("of the third"))
+    for _ in range(3):
+        worker.note_end()
+    found = [(failed.role, failed.pid, failed.returncode, failed.message) for failed in worker.failures]
+    first, second, third = (process.pid for process in launched.processes)
+    assert found == [
+        ("worker 1", first, REPORTED, "ValueError: of the first"),
+        ("worker 1", second, -signal.SIGABRT, ""),
+        ("worker 1", third, None, "ValueError: of the third"),
+    ]
+    end(launched.processes)
+
+
+def test_one_that_was_told_to_end_has_not_failed(monkeypatch: pytest.MonkeyPatch, settings: Config) -> None:
+    launched = Launched(monkeypatch, "")
+    worker = Worker(settings, 1, launched.told.append)
+    launched.processes[0].wait()
+    worker.note_end()
+    assert (worker.failures, launched.told) == ([], [])
+
+
+def test_the_keeper_knows_each_process(monkeypatch: pytest.MonkeyPatch, settings: Config) -> None:
+    """Also those that take the place of others: they end with a run whose launcher died."""
+    launched = Launched(monkeypatch, "import time; time.sleep(60)")
+    worker = Worker(settings, 1, launched.told.append)
+    launched.processes[0].kill()
+    launched.run(worker, lambda: len(launched.processes) == 2)
+    assert settings.run_dir is not None
+    assert [found.pid for found in noted(settings.run_dir)] == [process.pid for process in launched.processes]
+    end(launched.processes)
+
+
 def test_not_while_the_run_ends(monkeypatch: pytest.MonkeyPatch, settings: Config) -> None:
     launched = Launched(monkeypatch, "")
     worker = Worker(settings, 1, launched.told.append)
@@ -80,7 +121,10 @@ def test_one_that_is_never_there_is_ended(monkeypatch: pytest.MonkeyPatch, setti
     worker = Worker(dataclasses.replace(settings, timeout_s=0.1), 1, launched.told.append)
     launched.run(worker, lambda: len(launched.processes) == 2)
     assert "was killed by SIGKILL" in launched.told[0]
-    (settings.run_dir / "worker-1.1").touch()  # type: ignore[operator] # the next one is there
+    socket = settings.run_dir / "worker-1.1"  # type: ignore[operator]
+    socket.touch()  # the next one is there
+    worker.look()
+    socket.unlink()  # somebody clears the directory; what is connected stays so
     time.sleep(0.4)
     worker.look()
     assert launched.processes[1].poll() is None
