@@ -33,6 +33,8 @@ Options before the script are mpsrun's; everything after it is the script's.
   --plan FILE                  follow the plan in this file instead of tuning
   --save-plan FILE             write the plan that each network ends up with
   --verify N                   compute the first N steps on lanes plainly, too; stop with status 4 where they differ
+  --max-restarts N             start the script again after a failure, N times at most (default 0); it should go on
+                               from a checkpoint, see mpsrun.Checkpointer
   --strict                     raise a worker's error in the script instead of computing its branch there
   --verbose                    say what was found, refused and why
   --version, --help
@@ -78,6 +80,10 @@ def main_of_child(argv: Sequence[str]) -> int:
         from mpsrun.launch import worker
 
         return worker.main(args)
+    if role == "keeper":
+        from mpsrun.launch import keeper
+
+        return keeper.main(args)
     from mpsrun.launch.family import tie_to_parent
     from mpsrun.mps import guard
 
@@ -189,6 +195,12 @@ def _count(name: str, value: str) -> int:
     return int(value)
 
 
+def _whole(name: str, value: str) -> int:
+    if not (value.isascii() and value.isdigit()):
+        raise UsageError(f"expected {name} with a whole number from 0, found {value!r}; 3 is enough for most runs")
+    return int(value)
+
+
 def _seconds(name: str, value: str) -> float:
     try:
         seconds = float(value)
@@ -234,6 +246,7 @@ _OPTIONS: dict[str, Callable[[str, str], Any] | None] = {
     "save_plan": _path_of_a_file,
     "verify": _count,
     "steps": _count,
+    "max_restarts": _whole,
     "json": None,
     "strict": None,
     "verbose": None,

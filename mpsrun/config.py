@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ ENV_CONFIG = "MPSRUN_CONFIG"
 SOCKET_PATH_LIMIT_BYTES = 100
 AUTO_WORKERS = 3
 MAX_WORKERS = 64
+START_S = 60.0
+STACKS_SIGNAL = signal.SIGUSR1  # has a worker write the Python stack of each of its threads into its log
+REPORTED = 70  # exit status of a worker that told the lead why it ends (EX_SOFTWARE of sysexits.h)
 
 Lanes = Literal["auto", "serial", "streams", "captured", "workers"]
 Switch = Literal["auto", "on", "off"]
@@ -27,9 +31,11 @@ Explain = Literal["", "text", "json"]
 class Config:
     """What the user asked for, and where this run lives.
 
-    workers: worker processes, None for auto. timeout_s: the watchdog of every wait. verify: calls on lanes that are
-    compared with plain PyTorch, by network and plan. plan, save_plan: files to read plans from and to write them to.
+    workers: worker processes, None for auto. timeout_s: the watchdog of every wait. worker_restarts: how often each
+    worker is started again. verify: calls on lanes that are compared with plain PyTorch, by network and plan. plan,
+    save_plan: files to read plans from and to write them to.
     explain: the form in which the networks are explained, if at all; steps: after which the script is stopped then.
+    max_restarts: how often the script is started again after a failure.
     run_dir: the private directory of this run, None before the launcher made it and where there is no launcher.
     """
 
@@ -41,11 +47,13 @@ class Config:
     verbose: bool = False
     strict: bool = False
     timeout_s: float = 30.0
+    worker_restarts: int = 3
     verify: int = 0
     plan: Path | None = None
     save_plan: Path | None = None
     explain: Explain = ""
     steps: int = 120
+    max_restarts: int = 0
     run_dir: Path | None = None
 
     def worker_count(self) -> int:
@@ -61,14 +69,41 @@ class Config:
         """Address on which the lead receives reports."""
         return socket_address(self._in_run_dir("report"))
 
-    def worker_socket(self, index: int) -> str:
-        """Address on which worker `index` (from 1) receives control messages."""
-        return socket_address(self._in_run_dir(f"worker-{index}"))
+    def worker_socket(self, index: int, generation: int = 0) -> str:
+        """Address on which worker `index` (from 1) receives control messages.
+
+        A process that takes the place of an earlier one has another: what is on the way to that one must not reach it.
+        """
+        return socket_address(self._in_run_dir(f"worker-{index}.{generation}" if generation else f"worker-{index}"))
 
     def worker_log(self, index: int) -> Path:
         """File which takes stdout and stderr of worker `index` (from 1)."""
         name = f"worker-{index}.log"
         return self.log_dir / name if self.log_dir is not None else self._in_run_dir(name)
+
+    def error_file(self, role: str) -> Path:
+        """File in which the process `role` ("lead", "worker 1") leaves what ended it."""
+        return self._in_run_dir(f"error-{role.replace(' ', '-')}.json")
+
+    @property
+    def secret_file(self) -> Path:
+        """File with the secret that lead and workers of this run share."""
+        return self._in_run_dir("secret")
+
+    @property
+    def pulse_fifo(self) -> Path:
+        """Pipe on which the launcher asks whether the lead's main thread gets to run Python."""
+        return self._in_run_dir("pulse")
+
+    @property
+    def pulse_answer(self) -> Path:
+        """File which the lead's main thread makes when it was asked so."""
+        return self._in_run_dir("pulse-answer")
+
+    @property
+    def watchdog_log(self) -> Path | None:
+        """File which takes the reports of the watchdog; None where nothing is to be kept."""
+        return self.log_dir / "watchdog.log" if self.log_dir is not None else None
 
     @property
     def mps_pipe_dir(self) -> Path:
@@ -91,6 +126,16 @@ class Config:
     def capture_marker(self) -> Path:
         """File which the lead makes once the script uses torch, so that workers may hear from it."""
         return self._in_run_dir("torch")
+
+    @property
+    def closing_marker(self) -> Path:
+        """File which the lead makes before it has the workers end, so that nobody starts them again."""
+        return self._in_run_dir("closing")
+
+    @property
+    def start_s(self) -> float:
+        """What a worker may take from its start until it is there: it imports torch, maybe on a busy machine."""
+        return max(START_S, self.timeout_s)
 
     def to_env(self) -> dict[str, str]:
         """Return the environment variables from which a child process reads this configuration."""

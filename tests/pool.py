@@ -14,11 +14,14 @@ from mpsrun.run.coordinator import Coordinator
 
 WORKERS = 4
 START_S = 60.0
-SHARED = Config(workers=WORKERS, lanes="workers", timeout_s=30.0)
+SHARED = Config(workers=WORKERS, lanes="workers", timeout_s=30.0, worker_restarts=0)
 
 
-def start(settings: Config = SHARED, kind: str = "cpu") -> Coordinator:
-    """Make `settings` this process's own and start its workers; returns once all of them are there."""
+def start(settings: Config = SHARED, kind: str = "cpu", healthy: bool = True) -> Coordinator:
+    """Make `settings` this process's own and start its workers; returns once all of them are there.
+
+    Some may be lost already where they are not `healthy`.
+    """
     stop()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.to_env().items():
@@ -30,7 +33,7 @@ def start(settings: Config = SHARED, kind: str = "cpu") -> Coordinator:
         coordinator = session.coordinator(kind)
     assert coordinator is not None, session.why_none()
     wait_until(lambda: all(link.started or link.lost for link in coordinator.links), START_S)
-    assert lost(coordinator) == {}
+    assert not healthy or lost(coordinator) == {}
     return coordinator
 
 
@@ -87,9 +90,9 @@ def wait_until(done: Callable[[], bool], timeout_s: float = 10.0) -> None:
 
 
 @contextlib.contextmanager
-def running(settings: Config, kind: str = "cpu") -> Iterator[Coordinator]:
+def running(settings: Config, kind: str = "cpu", healthy: bool = True) -> Iterator[Coordinator]:
     """Workers under other settings than the shared ones."""
-    coordinator = start(settings, kind)
+    coordinator = start(settings, kind, healthy)
     try:
         yield coordinator
     finally:

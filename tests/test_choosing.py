@@ -11,61 +11,22 @@ import pool
 import pytest
 import torch
 from networks import SMALL, Three
-from torch import nn
 from transparency import TOLERANCE, Trained, assert_same, assert_transparent, trained
+from tuned import Timed, auto_lanes, compiled
 
 from mpsrun import config
-from mpsrun.plan import cost, tuner
+from mpsrun.plan import tuner
 from mpsrun.plan.planfile import PlanFile
-from mpsrun.run import backend, explain, plans, report, special
-from mpsrun.run import tuning as tuning_module
+from mpsrun.run import explain, plans, report, special
 from mpsrun.run.coordinator import Coordinator
-from mpsrun.run.stepclock import StepClock
 
 MOST_STEPS = tuner.MAX_STEPS + 30  # until the workers are ready a script runs plainly
 
 
-def compiled(model: nn.Module, **options: Any) -> nn.Module:
-    model.compile(backend=backend.mpsrun, options=options)
-    return model
-
-
 @pytest.fixture
 def tuned(workers: Coordinator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Coordinator]:
-    """A CPU on which lanes may pay, a cache of the test's own, and lanes that are not forced."""
-    machine = dataclasses.replace(cost.MACHINES["cpu"], cores_shared=False, crossing_us=1.0)
-    monkeypatch.setitem(cost.MACHINES, "cpu", machine)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    settings = dataclasses.replace(workers.settings, lanes="auto", save_plan=tmp_path / "plan.txt")
-    monkeypatch.setattr(config, "current", lambda: settings)
-    monkeypatch.setattr(plans, "_saved", PlanFile())
-    monkeypatch.setattr(tuning_module, "_tuning", None)
-    report.graphs.clear()
-    plans.cache.cache_clear()
-    plans.pins.cache_clear()
-    yield workers
-    plans.cache.cache_clear()
-    plans.pins.cache_clear()
-
-
-class Timed:
-    """A clock by which each candidate takes as long as the test says."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, us: dict[str, float]) -> None:
-        self.names: list[str] = []
-        self.us = us
-        monkeypatch.setattr(StepClock, "periods", self._periods())
-
-    def _periods(self) -> Any:
-        timed, real = self, StepClock.periods
-
-        def periods(clock: StepClock) -> list[tuple[int, float]]:
-            found = real(clock)
-            names = [candidate.name for candidate in tuning_module._tuning.candidates]  # type: ignore[union-attr]
-            timed.names += [names[index] for index, _ in found]
-            return [(i, timed.us.get(names[i], 1000.0) + 0.1 * k) for k, (i, _) in enumerate(found)]
-
-        return periods
+    with auto_lanes(workers, monkeypatch, tmp_path):
+        yield workers
 
 
 def train(sides: tuple[Trained, Trained], steps: int) -> None:

@@ -66,3 +66,15 @@ def losses(text: str) -> list[float]:
 def times_of(cell: str) -> int:
     """The executions in a cell of the table: "12", "3 x 4" or "12 in all"."""
     return math.prod(int(number) for number in re.findall(r"\d+", cell))
+
+
+@pytest.mark.slow
+def test_an_example_that_is_started_again(tmp_path: Path) -> None:
+    """Ended in the middle of a step, it prints what it prints undisturbed."""
+    pytest.importorskip("sklearn")
+    outputs = []
+    for name, more in (("whole", ()), ("ended", ("--fail-at", "30"))):
+        case = Example("resume.py", ("--checkpoints", str(tmp_path / name), *more), ("sklearn",), 0)
+        outputs.append(run(case, "-m", "mpsrun", "--lanes", "serial", "--max-restarts", "1").stdout)
+    assert outputs[0].count("epoch") == 2
+    assert outputs[0] == outputs[1]

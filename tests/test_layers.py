@@ -10,13 +10,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "mpsrun"
 
+OF_LAUNCH = ("rundir", "workers", "error_file", "pulse")
 # What each package may import; errors, log and config are open to all.
 BELOW = {
     "cli": {"launch", "mps", "report"},
     "launch": {"run", "mps"},
     "report": {"run", "plan", "graph"},
-    "run": {"mps", "wire", "device", "plan", "graph", "launch.spawn", "launch.rundir", "launch.ending"},
+    "run": {"mps", "wire", "device", "plan", "graph", *(f"launch.{name}" for name in OF_LAUNCH)},
     "wire": {"device", "plan", "graph"},
+    "checkpointer": set[str](),
     "device": set[str](),
     "mps": set[str](),
     "plan": {"graph"},

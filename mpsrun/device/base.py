@@ -9,6 +9,10 @@ from typing import Any, Protocol
 import msgspec
 import torch
 
+COUNTER_STRIDE_BYTES = 64  # one counter a cache line
+MAX_COUNTERS = 512  # a worker that is started again gets a new one
+COUNTER_BYTES = MAX_COUNTERS * COUNTER_STRIDE_BYTES
+
 
 class ChunkHandle(msgspec.Struct, frozen=True):
     """Names one chunk to another process.
@@ -116,6 +120,12 @@ class Device(Protocol):
 
         None where they are not known yet; with `wait` they are fresh, and worth a moment's wait.
         """
+
+    def is_sound(self, timeout_s: float) -> bool:
+        """Whether the device still does what this process asks of it, as far as can be told within `timeout_s`."""
+
+    def give_back_memory(self) -> None:
+        """Let other processes have the memory that this one keeps for later use."""
 
     def stream_key(self) -> int:
         """What order the caller is in: the handle of the current stream."""

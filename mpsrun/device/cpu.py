@@ -16,13 +16,12 @@ from pathlib import Path
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from mpsrun.device.base import Chunk, ChunkHandle, TensorRef, dtype_name
+from mpsrun.device.base import COUNTER_STRIDE_BYTES, MAX_COUNTERS, Chunk, ChunkHandle, TensorRef, dtype_name
 from mpsrun.device.futex import Futex
 from mpsrun.errors import MpsrunError, NotShippable
 
 ALIGN_BYTES = 64
-COUNTER_STRIDE = 16  # words: one counter a cache line
-MAX_COUNTERS = 128
+COUNTER_STRIDE = COUNTER_STRIDE_BYTES // 4  # in words
 
 _DESCRIPTOR = re.compile(r"/proc/\d+/fd/\d+")
 _SHARED = ("/memfd:", "/dev/shm/torch_")  # noqa: S108 - ours, and what torch itself shares
@@ -70,6 +69,7 @@ class CpuDevice:
 
     def _new_pages(self, size_bytes: int) -> tuple[mmap.mmap, ChunkHandle]:
         fd = os.memfd_create("mpsrun", os.MFD_CLOEXEC)
+        os.fchmod(fd, 0o600)  # others cannot open it through /proc anyway
         os.ftruncate(fd, size_bytes)
         pages = mmap.mmap(fd, size_bytes)
         weakref.finalize(pages, os.close, fd).atexit = False
@@ -173,6 +173,12 @@ class CpuDevice:
 
     def read_counters(self, wait: bool = False) -> list[int]:  # noqa: ARG002
         return list(self._counter_words()[::COUNTER_STRIDE])
+
+    def is_sound(self, timeout_s: float) -> bool:  # noqa: ARG002
+        return True
+
+    def give_back_memory(self) -> None:
+        """Nothing is kept on a CPU."""
 
     def stream_key(self) -> int:
         return 0

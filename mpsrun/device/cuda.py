@@ -10,17 +10,15 @@ import ctypes
 import functools
 import itertools
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from cuda.bindings import driver
 
-from mpsrun.device.base import Chunk, ChunkHandle, TensorRef, dtype_name
+from mpsrun.device.base import COUNTER_BYTES, COUNTER_STRIDE_BYTES, Chunk, ChunkHandle, TensorRef, dtype_name
 from mpsrun.errors import MpsrunError, NotShippable
-
-COUNTER_STRIDE_BYTES = 64
-MAX_COUNTERS = 128
 
 _WAIT = int(driver.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WAIT_VALUE_32)
 _WRITE = int(driver.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WRITE_VALUE_32)
@@ -72,7 +70,7 @@ class CudaDevice:
         self._submitting = threading.Lock()
         # Another priority is another hardware queue: not the one in which a waiting stream is held.
         self._peek_stream = torch.cuda.Stream(index, priority=-1)
-        self._peek_host = torch.empty(MAX_COUNTERS * COUNTER_STRIDE_BYTES, dtype=torch.uint8, pin_memory=True)
+        self._peek_host = torch.empty(COUNTER_BYTES, dtype=torch.uint8, pin_memory=True)
         self._peek_done: torch.cuda.Event | None = None
 
     def new_chunk(self, size_bytes: int) -> Chunk:
@@ -194,18 +192,41 @@ class CudaDevice:
             if not self._peek_done.query():
                 return None
             seen = self._peeked()
-        with torch.cuda.stream(self._peek_stream):
-            self._peek_host.copy_(self._counters.memory[: self._peek_host.numel()], non_blocking=True)
-            self._peek_done = torch.cuda.Event()
-            self._peek_done.record()
+        done = self._peek(self._counters)
         if wait:
-            self._peek_done.synchronize()
+            done.synchronize()
             seen = self._peeked()
         return seen
+
+    def _peek(self, counters: Chunk) -> torch.cuda.Event:
+        """Have the counters copied, without memory that would have to be allocated."""
+        with torch.cuda.stream(self._peek_stream):
+            self._peek_host.copy_(counters.memory[: self._peek_host.numel()], non_blocking=True)
+            self._peek_done = torch.cuda.Event()
+            self._peek_done.record()
+        return self._peek_done
 
     def _peeked(self) -> list[int]:
         words = self._peek_host.view(torch.int32)[:: COUNTER_STRIDE_BYTES // 4]
         return [value & 0xFFFFFFFF for value in words.tolist()]
+
+    def is_sound(self, timeout_s: float) -> bool:
+        """A look at the counters: in a context that a fault has poisoned it fails, or never ends."""
+        if self._counters is None:
+            return True
+        try:
+            done = self._peek(self._counters)
+            deadline = time.monotonic() + timeout_s
+            while not done.query():
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(0.001)
+        except RuntimeError:  # CUDA errors, which stay with the context
+            return False
+        return True
+
+    def give_back_memory(self) -> None:
+        torch.cuda.empty_cache()
 
     def stream_key(self) -> int:
         return torch._C._cuda_getCurrentRawStream(self.index)

@@ -8,6 +8,7 @@ from mpsrun import config
 from mpsrun.config import ENV_CONFIG, Config
 from mpsrun.errors import UsageError
 from mpsrun.launch import explain, script
+from mpsrun.launch.error_file import leave_error
 from mpsrun.launch.family import tie_to_parent, welcome_signals
 from mpsrun.launch.on_import import after_import
 from mpsrun.launch.target import Target
@@ -23,7 +24,8 @@ def main(args: Sequence[str]) -> int:
         explain.at_exit(ours)
     if ours.lanes != "serial":
         after_import("torch", lambda: _watch_for_networks(ours))
-    script.run(Target.from_argv(args), ready=lambda: welcome_signals(mask))
+    errors = ours.error_file("lead")
+    script.run(Target.from_argv(args), lambda: welcome_signals(mask), lambda error: leave_error(errors, error))
     return 0
 
 

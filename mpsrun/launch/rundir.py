@@ -16,8 +16,10 @@ from pathlib import Path
 
 from mpsrun.config import MAX_WORKERS, Config, socket_address
 from mpsrun.errors import UsageError
+from mpsrun.launch import leftovers
 
 RECORD = "launcher"
+SECRET_BYTES = 32
 _LOCK = ".lock"
 _LOCK_DEADLINE_S = 2.0
 _LONGEST_SOCKET = "mps/control_privileged"  # the longest name that a CUDA MPS daemon binds in its pipe directory
@@ -33,7 +35,12 @@ def private_run_dir() -> Iterator[Path]:
     with _locked(base / _LOCK):
         sweep(base)
         run_dir = _make(base)
-        record = _take_record(run_dir)
+        try:
+            record = _take_record(run_dir)
+            _write_new(Config(run_dir=run_dir).secret_file, os.urandom(SECRET_BYTES))
+        except OSError as error:  # a full disk
+            shutil.rmtree(run_dir, ignore_errors=True)
+            raise _not_writable(base, error) from None
     try:
         yield run_dir
     finally:
@@ -56,11 +63,20 @@ def base_dir() -> Path:
     return base
 
 
+def clear_for_restart(config: Config) -> None:
+    """Remove what the processes of one start have left, so that those of the next one find nothing of it."""
+    assert config.run_dir is not None
+    keep = {config.mps_pipe_dir, config.mps_log_dir, config.secret_file, config.run_dir / RECORD}
+    for entry in config.run_dir.iterdir():
+        if entry not in keep and entry.suffix != ".log":
+            entry.unlink(missing_ok=True)
+
+
 def sweep(base: Path) -> None:
-    """Remove the directories of runs whose launcher is dead."""
+    """End what runs whose launcher is dead have left, and remove their directories."""
     for entry in base.iterdir():
         if entry.is_dir() and not entry.is_symlink() and _is_dead(entry):
-            shutil.rmtree(entry, ignore_errors=True)
+            leftovers.clear(entry)
 
 
 def _temporary_dir() -> Path:
@@ -109,6 +125,11 @@ def _take_record(run_dir: Path) -> int:
     fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.write(record, f"pid {os.getpid()}\nstarted {time.time():.3f}\n".encode())
     return record
+
+
+def _write_new(path: Path, data: bytes) -> None:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+        file.write(data)
 
 
 def _is_dead(run_dir: Path) -> bool:

@@ -15,8 +15,11 @@ from mpsrun.launch.target import Target
 _replaced: list[ModuleType] = []  # our own __main__: its globals belong to frames below the script's
 
 
-def run(target: Target, ready: Callable[[], None]) -> None:
-    """Run the target as `__main__`; returns or raises as it does. `ready` is called last before it."""
+def run(target: Target, ready: Callable[[], None], failed: Callable[[BaseException], None]) -> None:
+    """Run the target as `__main__`; returns or raises as it does.
+
+    `ready` is called last before it, `failed` with what it raises.
+    """
     main = _new_main_module()
     sys.orig_argv = [sys.executable, *python_flags(), *target.to_argv()]
     try:
@@ -37,7 +40,7 @@ def run(target: Target, ready: Callable[[], None]) -> None:
     except SystemExit:
         raise
     except BaseException as error:  # noqa: BLE001 - raised again
-        _raise_as_own(error)
+        _raise_as_own(error, failed)
 
 
 def _run_module(name: str, alter_argv: bool = True) -> None:
@@ -83,7 +86,7 @@ def _set_path(first: str) -> None:
         sys.path.insert(0, first)
 
 
-def _raise_as_own(error: BaseException) -> NoReturn:
+def _raise_as_own(error: BaseException, failed: Callable[[BaseException], None]) -> NoReturn:
     """Let an error end the process as Python would, with a traceback that starts in the script.
 
     The interpreter calls `sys.excepthook`, joins threads, runs exit handlers and chooses the exit status
@@ -96,6 +99,7 @@ def _raise_as_own(error: BaseException) -> NoReturn:
         sys.excepthook = hook
         trace = _without_own_frames(trace)
         sys.last_traceback = trace
+        failed(value.with_traceback(trace))
         return hook(kind, value.with_traceback(trace), trace)
 
     sys.excepthook = excepthook

@@ -14,18 +14,19 @@ from mpsrun.launch.family import parent_env
 from mpsrun.launch.python_flags import python_flags
 from mpsrun.launch.target import Target
 from mpsrun.mps.control import LOG_DIRECTORY, PIPE_DIRECTORY
-from mpsrun.mps.lifecycle import GUARD_LOG
+from mpsrun.mps.service import GUARD_LOG
 
 
-def spawn_worker(config: Config, index: int, parent_pid: int) -> subprocess.Popen[bytes]:
+def spawn_worker(config: Config, index: int, parent_pid: int, generation: int = 0) -> subprocess.Popen[bytes]:
     """Start worker `index` (from 1), which dies with the process `parent_pid`, its caller.
 
-    Call it from the main thread: the worker ends when the thread that started it ends. It gets a process
+    Call it from a thread that lasts: the worker ends when the thread that started it ends. It gets a process
     group of its own, so that the terminal's Ctrl-C and Ctrl-Z reach the lead only, and writes to
-    `config.worker_log(index)`.
+    `config.worker_log(index)`. `generation`: how many processes had this index before.
     """
+    role = ["worker", str(index), *([str(generation)] if generation else [])]
     with config.worker_log(index).open("ab", buffering=0) as log:
-        return _spawn_own(["worker", str(index)], log, os.environ | config.to_env(), parent_pid)
+        return _spawn_own(role, log, os.environ | config.to_env(), parent_pid)
 
 
 def spawn_lead(
@@ -42,7 +43,7 @@ def spawn_lead(
     """
     return subprocess.Popen(
         [sys.executable, *python_flags(), "-m", "mpsrun", "lead", *target.to_argv()],
-        env={**(extra or {}), **os.environ, **config.to_env(), **parent_env(parent_pid, mask)},
+        env={**os.environ, **(extra or {}), **config.to_env(), **parent_env(parent_pid, mask)},
         close_fds=False,
     )
 
@@ -52,6 +53,11 @@ def spawn_guard(pipe_dir: Path, log_dir: Path, parent_pid: int) -> subprocess.Po
     directories = {PIPE_DIRECTORY: str(pipe_dir), LOG_DIRECTORY: str(log_dir)}
     with (log_dir / GUARD_LOG).open("ab", buffering=0) as log:
         return _spawn_own(["mps-daemon", str(pipe_dir)], log, os.environ | directories, parent_pid)
+
+
+def spawn_keeper(run_dir: Path, parent_pid: int) -> subprocess.Popen[bytes]:
+    """Start the process that clears up after us; the other end of its stdin is ours alone (see keeper.py)."""
+    return _spawn_own(["keeper", str(run_dir)], subprocess.DEVNULL, os.environ, parent_pid, subprocess.PIPE)
 
 
 def run_plain(config: Config, target: Target, mask: Collection[int] = ()) -> None:
@@ -76,16 +82,21 @@ def make_log_dir(config: Config) -> None:
 
 
 def _spawn_own(
-    role: Sequence[str], log: IO[bytes], environ: Mapping[str, str], parent_pid: int
+    role: Sequence[str],
+    log: IO[bytes] | int,
+    environ: Mapping[str, str],
+    parent_pid: int,
+    stdin: int = subprocess.DEVNULL,
 ) -> subprocess.Popen[bytes]:
     """Start a process that runs none of the user's code, in a process group of its own."""
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "mpsrun", *role],  # -P: the user's files must not hide what it imports
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=log,
         stderr=subprocess.STDOUT,
         env=_with_package({**environ, **parent_env(parent_pid)}),
         process_group=0,
+        bufsize=0,
     )
 
 

@@ -1,25 +1,28 @@
-"""The supervisor: parent of lead, workers and a private CUDA MPS daemon, from their start to their end."""
+"""The supervisor: starts the group, says why it failed, makes CUDA MPS sound, and starts the group again."""
 
 import contextlib
 import functools
 import os
-import signal
-import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from mpsrun.config import Config
+from mpsrun.errors import MpsrunError
 from mpsrun.launch import signals
-from mpsrun.launch.ending import end
+from mpsrun.launch.failures import poisoned, report
+from mpsrun.launch.group import Outcome, run_group
 from mpsrun.launch.hardware import Hardware
-from mpsrun.launch.rundir import private_run_dir
-from mpsrun.launch.spawn import make_log_dir, spawn_guard, spawn_lead, spawn_worker
+from mpsrun.launch.keeper import Keeper, keeping
+from mpsrun.launch.restarts import environment, is_told, may_restart
+from mpsrun.launch.rundir import clear_for_restart, private_run_dir
+from mpsrun.launch.spawn import make_log_dir, spawn_guard, spawn_keeper
 from mpsrun.launch.target import Target
 from mpsrun.log import say
 from mpsrun.mps.lifecycle import cuda_mps
+from mpsrun.mps.service import Service
 
-_GRACE_S = 1.0  # for workers which the lead has told to end
-_LOOK_AGAIN_S = 5.0  # children announce their ends; this is for an announcement that got lost
+GIVEN_UP = 3  # the exit status of a run whose script mpsrun has ended
 
 
 @dataclass(frozen=True)
@@ -38,19 +41,44 @@ class Ending:
 
 def supervise(config: Config, target: Target, hardware: Hardware) -> Ending:
     """Run the script in a lead, with workers beside it; everything started here has ended on return."""
-    with signals.held() as mask, private_run_dir() as run_dir:
+    with signals.held() as mask, _kept_run_dir() as (run_dir, keeper):
         config = replace(config, run_dir=run_dir)
         make_log_dir(config)
         start_guard = functools.partial(spawn_guard, parent_pid=os.getpid())
-        mps = cuda_mps(config, hardware.kind == "nvidia", hardware.reason, start_guard)
-        with mps, _workers(config) as workers:
-            if early := signal.sigpending() & signals.ENDING:
-                return Ending(-min(early))
-            lead = spawn_lead(config, target, os.getpid(), mask, _shared_cores(config, hardware))
-            try:
-                return watch(lead, workers)
-            finally:
-                end([lead])
+        with cuda_mps(config, hardware.kind == "nvidia", hardware.reason, start_guard) as mps:
+            start = functools.partial(run_group, config, target, mps, keeper, mask)
+            extra = _shared_cores(config, hardware)
+            outcome = start(extra | environment(0, config.max_restarts))
+            for count in range(1, config.max_restarts + 1):
+                if not may_restart(outcome) or not _renew(config, mps, outcome, target.name, count):
+                    break
+                outcome = start(extra | environment(count, config.max_restarts))
+            _tell_end(config, outcome, target.name)
+            return Ending(GIVEN_UP if outcome.returncode is None else outcome.returncode)
+
+
+@contextlib.contextmanager
+def _kept_run_dir() -> Iterator[tuple[Path, Keeper]]:
+    """Make the run directory, and start who clears it should this process die."""
+    with private_run_dir() as run_dir, keeping(run_dir, spawn_keeper(run_dir, os.getpid())) as keeper:
+        yield run_dir, keeper
+
+
+def _renew(config: Config, mps: Service, outcome: Outcome, name: str, count: int) -> bool:
+    """Say why the group failed and prepare its next start; False where there can be none."""
+    say(f"the script failed; starting it again ({count} of {config.max_restarts})\n{report(name, outcome.failures)}")
+    try:
+        mps.recover(poisoned(outcome.failures))
+    except MpsrunError as error:
+        say(f"not started again: {error}")
+        return False
+    clear_for_restart(config)
+    return True
+
+
+def _tell_end(config: Config, outcome: Outcome, name: str) -> None:
+    if is_told(outcome, config):
+        say(f"the run failed\n{report(name, outcome.failures)}")
 
 
 def _shared_cores(config: Config, hardware: Hardware) -> dict[str, str]:
@@ -58,72 +86,5 @@ def _shared_cores(config: Config, hardware: Hardware) -> dict[str, str]:
 
     The script's own setting goes first. OpenMP reads it when torch is imported.
     """
-    shared = config.lanes == "workers" and hardware.kind != "nvidia"
+    shared = config.lanes == "workers" and hardware.kind != "nvidia" and "OMP_WAIT_POLICY" not in os.environ
     return {"OMP_WAIT_POLICY": "PASSIVE"} if shared else {}
-
-
-def watch(lead: subprocess.Popen[bytes], workers: Sequence["Worker"]) -> Ending:
-    """Pass on signals until the lead has ended."""
-    while lead.poll() is None:
-        try:
-            stopped = os.waitid(os.P_PID, lead.pid, os.WSTOPPED | os.WNOHANG)
-        except ChildProcessError:  # it ended just now
-            continue
-        if stopped is not None:
-            signals.stop_with(stopped.si_status)
-        for worker in workers:
-            worker.tell_end()
-        info = signal.sigtimedwait(signals.WATCHED, _LOOK_AGAIN_S)
-        if info is None:
-            continue
-        if signals.is_for_lead(info, lead.pid) or (info.si_signo == signal.SIGCONT and _is_stopped(lead.pid)):
-            lead.send_signal(info.si_signo)
-    return Ending(lead.returncode)
-
-
-class Worker:
-    """A worker process as its parent sees it."""
-
-    def __init__(self, config: Config, index: int) -> None:
-        self.index = index
-        self.log = config.worker_log(index)
-        self.process = spawn_worker(config, index, os.getpid())
-        self._told = False
-
-    def tell_end(self) -> None:
-        """Say once that the worker ended before the lead, unless the lead told it to."""
-        status = self.process.poll()
-        if self._told or not status:
-            return
-        self._told = True
-        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        name = f"worker {self.index} (pid {self.process.pid})"
-        say(f"{name} {how}; last line of {self.log}: {self._last_line()}")
-
-    def _last_line(self) -> str:
-        try:
-            lines = self.log.read_text(errors="replace").split("\n")
-        except OSError:
-            lines = []
-        return next((line.strip() for line in reversed(lines) if line.strip()), "(empty)")
-
-
-@contextlib.contextmanager
-def _workers(config: Config) -> Iterator[list[Worker]]:
-    workers: list[Worker] = []
-    try:
-        for index in range(1, config.worker_count() + 1):
-            worker = Worker(config, index)
-            workers.append(worker)  # one by one: those that run are ended where the next one fails to start
-        yield workers
-    finally:
-        end([worker.process for worker in workers], _GRACE_S if config.capture_marker.exists() else 0.0)
-
-
-def _is_stopped(pid: int) -> bool:
-    """Return whether a process is stopped: the field of /proc/PID/stat after the name in parentheses."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123 - a file of the kernel
-            return file.read().rpartition(")")[2].split()[0] == "T"
-    except OSError:
-        return False

@@ -42,6 +42,10 @@ class Control:
         """Return the pids of a server's clients."""
         return self._pids(f"get_client_list {server_pid}")
 
+    def server_status(self, server_pid: int) -> str:
+        """Return what the daemon says of a server, as ACTIVE or FAULT."""
+        return self.send(f"get_server_status {server_pid}").upper()
+
     def terminate_client(self, server_pid: int, client_pid: int) -> None:
         """End a client's work on the GPU without harm to the server's other clients. Success is silent."""
         self._silent(f"terminate_client {server_pid} {client_pid}")

@@ -6,6 +6,7 @@ launcher has died; then the daemon is asked to quit, and what is left of it and 
 killed.
 """
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from mpsrun.mps.control import CONTROL, Control, ControlError
 
 DEATH_SIGNAL = signal.SIGTERM
 QUIT_S = 1.5
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _KILL_S = 1.0
 _WATCHED = frozenset({signal.SIGTERM, signal.SIGCHLD})
 
@@ -40,11 +42,17 @@ def _start() -> subprocess.Popen[bytes]:
     have the same selection, would select a second time.
     """
     environ = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    libc = ctypes.CDLL(None)
+
+    def prepare() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)  # should this process be killed
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
     return subprocess.Popen(
         [CONTROL, "-f"],
         stdin=subprocess.DEVNULL,
         env=environ,
-        preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, ()),  # noqa: PLW1509 - there is one thread
+        preexec_fn=prepare,  # noqa: PLW1509 - there is one thread
     )
 
 

@@ -4,7 +4,6 @@ import contextlib
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -12,18 +11,14 @@ from mpsrun.config import Config
 from mpsrun.errors import MpsrunError, UsageError
 from mpsrun.log import say
 from mpsrun.mps.control import CONTROL, LOG_DIRECTORY, PIPE_DIRECTORY, Control, pipe_dir_in_force
-
-START_S = 15.0
-GUARD_LOG = "mps-daemon.log"
-STOP_S = 4.5  # longer than the guard's own deadlines
-_POLL_S = 0.02
+from mpsrun.mps.service import JoinedService, PrivateService, Service
 
 # starts the process that owns a private daemon (see guard.py) with a pipe and a log directory
 StartGuard = Callable[[Path, Path], "subprocess.Popen[bytes]"]
 
 
 @contextlib.contextmanager
-def cuda_mps(config: Config, has_gpu: bool, no_gpu_reason: str, start_guard: StartGuard) -> Iterator[None]:
+def cuda_mps(config: Config, has_gpu: bool, no_gpu_reason: str, start_guard: StartGuard) -> Iterator[Service]:
     """Let the processes started inside be clients of a CUDA MPS daemon, as `config.mps` says.
 
     They learn of it through the environment. A daemon that was there before is joined and left as it was.
@@ -33,67 +28,47 @@ def cuda_mps(config: Config, has_gpu: bool, no_gpu_reason: str, start_guard: Sta
     if not has_gpu or not config.worker_count():
         if config.mps == "on":
             _refuse(no_gpu_reason or "serial lanes, which have no use for it")
-        yield
+        yield Service()
     elif config.mps == "off":
         # a directory without a daemon, or the driver would connect to one in the default place
         with _environment({PIPE_DIRECTORY: str(config.mps_pipe_dir)}):
-            yield
+            yield Service()
     elif shutil.which(CONTROL) is None:
         _decline(config, f"no {CONTROL} on PATH")
-        yield
+        yield Service()
     elif Control(pipe_dir_in_force()).is_reachable():
         _tell(config, f"joined the CUDA MPS daemon in {pipe_dir_in_force()}")
-        yield
+        yield JoinedService(pipe_dir_in_force())
     else:
-        with _private(config, start_guard):
-            yield
+        with _private(config, start_guard) as service:
+            yield service
 
 
 @contextlib.contextmanager
-def _private(config: Config, start_guard: StartGuard) -> Iterator[None]:
-    variables = {PIPE_DIRECTORY: str(config.mps_pipe_dir), LOG_DIRECTORY: str(config.mps_log_dir)}
-    config.mps_pipe_dir.mkdir(mode=0o700)
-    config.mps_log_dir.mkdir(mode=0o700, exist_ok=True)
-    guard = start_guard(config.mps_pipe_dir, config.mps_log_dir)
+def _private(config: Config, start_guard: StartGuard) -> Iterator[Service]:
+    pipe_dir, log_dir = config.mps_pipe_dir, config.mps_log_dir
+    pipe_dir.mkdir(mode=0o700)
+    log_dir.mkdir(mode=0o700, exist_ok=True)
+    service = PrivateService(pipe_dir, log_dir, lambda: start_guard(pipe_dir, log_dir))
     try:
-        if _is_ready(config, guard):
-            _tell(config, f"started a private CUDA MPS daemon in {config.mps_pipe_dir}")
+        if _is_ready(config, service):
+            _tell(config, f"started a private CUDA MPS daemon in {pipe_dir}")
+            with _environment({PIPE_DIRECTORY: str(pipe_dir), LOG_DIRECTORY: str(log_dir)}):
+                yield service
         else:
-            variables = {}
-        with _environment(variables):
-            yield
+            service.close()
+            yield Service()
     finally:
-        stop_guard(guard)
+        service.close()
 
 
-def _is_ready(config: Config, guard: "subprocess.Popen[bytes]") -> bool:
+def _is_ready(config: Config, service: PrivateService) -> bool:
     try:
-        wait_ready(guard, Control(config.mps_pipe_dir, deadline_s=2.0), config.mps_log_dir)
+        service.start()
     except MpsrunError as error:
         _decline(config, str(error))
         return False
     return True
-
-
-def wait_ready(guard: subprocess.Popen[bytes], control: Control, log_dir: Path) -> None:
-    """Wait until the daemon answers. Raises MpsrunError where it ends, or does not answer within START_S."""
-    deadline = time.monotonic() + START_S
-    while not control.is_reachable():
-        if guard.poll() is not None:
-            raise MpsrunError(f"the CUDA MPS daemon ended at its start: {_last_line(log_dir / 'mps-daemon.log')}")
-        if time.monotonic() > deadline:
-            raise MpsrunError(f"the CUDA MPS daemon did not answer within {START_S:g} s")
-        time.sleep(_POLL_S)
-
-
-def stop_guard(guard: subprocess.Popen[bytes]) -> None:
-    """End a private daemon, its servers and the guard."""
-    guard.terminate()
-    try:
-        guard.wait(STOP_S)
-    except subprocess.TimeoutExpired:
-        guard.kill()
-        guard.wait()
 
 
 def _tell(config: Config, text: str) -> None:
@@ -111,11 +86,6 @@ def _refuse(reason: str) -> None:
     raise UsageError(
         f"expected an NVIDIA GPU and CUDA MPS for --mps on, found {reason}; fix that, or leave --mps on out"
     )
-
-
-def _last_line(path: Path) -> str:
-    lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from mpsrun.run.options import Options
 from mpsrun.run.overlaps import Overlaps
 from mpsrun.run.sizes import sizes_of
 from mpsrun.run.special import Planner, Special
+from mpsrun.run.tuning import Tuning
 from mpsrun.run.variant import Maker, Variant
 from mpsrun.run.verify import Verification
 
@@ -150,6 +151,8 @@ class Graph:
         if self._overlaps.now(args):
             return self._gm.forward(*args)
         key = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *(args[i] for i in self._sizes))
+        if owner is not None:
+            owner.admit()
         special = self._specials.get(key)
         if special is None or (special.tuning is None and special.epoch != self._epoch):
             self._misses += 1
@@ -190,7 +193,8 @@ class Graph:
         """What this call runs under; None for plain PyTorch."""
         tuning, chosen = special.tuning, 0
         if tuning is not None:
-            if not tuning.is_decided and not self._may_tune(maker, special, args):
+            if not tuning.is_decided and not self._may_tune(maker, special, tuning, args):
+                tuning.pause()
                 return None
             chosen = tuning.step(Graph.entered, self._lost())
         if special.candidates[chosen].plan.is_serial:
@@ -198,20 +202,29 @@ class Graph:
         variant = special.variants.get(chosen)
         if variant is None:
             variant = special.variants[chosen] = maker.make(special.candidates[chosen].plan, special.seen, args)
+        variant.tend(args)
         return variant if variant.is_ready() else None
 
-    def _may_tune(self, maker: Maker, special: Special, args: tuple[Any, ...]) -> bool:
-        """Whether it is this one's turn and every candidate can run; in each call one more of them is made."""
-        if special.tuning is None or not special.tuning.may_start(Graph.entered):
+    def _may_tune(self, maker: Maker, special: Special, tuning: Tuning, args: tuple[Any, ...]) -> bool:
+        """Whether it is this one's turn and every candidate can run; in each call one more of them is made.
+
+        While a worker is missing nothing is tuned.
+        """
+        if not tuning.may_start(Graph.entered):
             return False
         for i, candidate in enumerate(special.candidates):
             if i not in special.variants and not candidate.plan.is_serial:
                 special.variants[i] = maker.make(candidate.plan, special.seen, args)
                 return False
-        return all(variant.is_ready() for variant in special.variants.values())
+        for i, variant in special.variants.items():
+            variant.tend(args)
+            if variant.lacks_memory:
+                tuning.no_memory(i)
+        return tuning.is_decided or all(v.is_ready() and v.is_whole() for v in special.variants.values())
 
     def _lost(self) -> list[int]:
-        return [link.index for link in self._coordinator.links if link.lost] if self._coordinator is not None else []
+        """The workers that nobody will take the places of."""
+        return [link.index for link in self._coordinator.links if link.is_last] if self._coordinator is not None else []
 
     # ---- the first call for a set of sizes and modes
 

@@ -19,22 +19,22 @@ class Binding:
             {arg: position[strand.args[arg]] for share in strand.crossing.shares for arg in share.static_args}
             for strand in strands
         ]
-        self._crossings = [strand.crossing for strand in strands]
+        self._strands = tuple(strands)
         self._statics = sorted({place for places in self._places for place in places.values()})
         self._pointers: list[int] = []
         self._chunks: tuple[int, ...] = ()
 
     def follow(self, args: Sequence[Any]) -> None:
         """Tell the workers what moved since the last call. Raises `NotShippable` where they cannot see it."""
-        if not self._crossings:
+        if not self._strands:
             return
-        owner = self._crossings[0].owner
+        owner = self._strands[0].crossing.owner
         pointers = [args[i].data_ptr() for i in self._statics]
         if pointers == self._pointers and owner.device.holds(self._chunks):
             return
         with owner.lock:
-            for crossing, places in zip(self._crossings, self._places, strict=True):
-                owner.bind(crossing, {arg: args[place] for arg, place in places.items()})
-        shares = [share for crossing in self._crossings for share in crossing.shares]
+            for strand, places in zip(self._strands, self._places, strict=True):
+                owner.bind(strand.crossing, {arg: args[place] for arg, place in places.items()})
+        shares = [share for strand in self._strands for share in strand.crossing.shares]
         self._chunks = tuple({chunk for share in shares for chunk in share.chunks})
         self._pointers = pointers

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
+from mpsrun import log
 from mpsrun.config import Config, available_cores
 from mpsrun.device import ChunkHandle, Device
 from mpsrun.device.arena import Arena, Room
-from mpsrun.errors import WorkerError
+from mpsrun.device.base import COUNTER_BYTES
+from mpsrun.errors import NotShippable, WorkerError
 from mpsrun.run import state as modes
 from mpsrun.run.crossing import Crossing, Handed, Share
 from mpsrun.run.link import SEQUENCE_MASK, SUBMITTED, Link, Work
@@ -24,7 +26,6 @@ from mpsrun.run.watcher import Watcher
 from mpsrun.wire import messages as m
 from mpsrun.wire.channel import LeadChannel
 
-COUNTER_BYTES = 8192
 LEVEL_EVERY = 1 << 29
 GRACE = 2.0  # a wait outlasts the watchdog by this factor, so that the watchdog is what ends it
 
@@ -44,8 +45,9 @@ class Coordinator:
         self.lock = threading.RLock()
         count = settings.worker_count()
         addresses = [settings.worker_socket(i) for i in range(1, count + 1)]
-        self._channel = LeadChannel(addresses, settings.report_socket)
-        self.links = [Link(i, self._channel) for i in range(1, count + 1)]
+        self._channel = LeadChannel(addresses, settings.report_socket, settings.secret_file.read_bytes())
+        self._counter_numbers = itertools.count(SUBMITTED + 1)
+        self.links = [Link(i, self._channel, next(self._counter_numbers)) for i in range(1, count + 1)]
         self._counters = device.new_chunk(COUNTER_BYTES)
         device.bind_counters(self._counters)
         self._arena = Arena(device, self._announce)
@@ -58,6 +60,7 @@ class Coordinator:
             self._standin,
             end_worker,
             lambda: when_started(self),
+            self._describe,
         )
         self.flags = modes.flags()
         self._ids = itertools.count(1)
@@ -78,6 +81,13 @@ class Coordinator:
 
     def next_invocation(self) -> int:
         return next(self._ids)
+
+    def admit(self) -> None:
+        """A call of a graph begins, and no region is under way: take in the workers that were started again."""
+        if self._watcher.heirs and not self.closed:
+            with self.lock:
+                for heir in list(self._watcher.heirs.values()):
+                    self._take_in(heir)
 
     def enter(self) -> None:
         """A call of a graph begins: note its thread, and the global settings, which cannot change during it."""
@@ -171,6 +181,7 @@ class Coordinator:
         try:
             self.device.wait(counters, values, self.settings.timeout_s * GRACE + 10)
         except TimeoutError as error:
+            self._watcher.report(f"neither a worker nor its stand-in answered: {error}")
             raise WorkerError(f"a worker did not answer, and neither did its stand-in: {error}") from error
 
     def bind(self, crossing: Crossing, args: Sequence[Any] | Mapping[int, Any]) -> None:
@@ -181,20 +192,69 @@ class Coordinator:
             if moved or not self.device.holds(share.chunks):
                 self._bind(share, tensors)
 
+    def _take_in(self, heir: Link) -> None:
+        """Give a process the place of the one before it, and a counter and a ring that nobody used.
+
+        What was handed to that one stays with its link, whose work is the stand-in's. The new counter starts where the
+        others may be: left at 0, it would seem to be ahead once the numbers are large.
+        """
+        heir.done = next(self._counter_numbers)
+        heir.last = self._sequence
+        heir.since_s = time.monotonic()
+        if self.device.kind == "cuda":
+            self._keep_order()
+        self.device.signal((heir.done,), (heir.last,))
+        self._channel.renew(heir.index, self.settings.worker_socket(heir.index, heir.generation))
+        former = self.links[heir.index - 1]
+        self.links[heir.index - 1] = heir
+        self._watcher.took_in(heir, former)
+        former.dismiss()
+        self._start(heir)
+        for chunk in self._arena.chunks.values():
+            heir.send(m.Map(chunk.handle))
+
+    @property
+    def changes(self) -> int:
+        """Grows where a worker took the place of another one, or had no memory for something."""
+        return self._watcher.taken_in + self._watcher.shortages
+
     # ---- set-up of crossings
+
+    def renew(self, crossing: Crossing, args: Sequence[Any]) -> Crossing:
+        """The crossing with the workers that there are now; those that are new to it begin to prepare. Does not wait.
+
+        `args` are those of the call that begins.
+        """
+        if all(link.lost is None for link in crossing.links):
+            return crossing
+        with self.lock:
+            renewed = crossing.renewed(self.links)
+            if renewed is None:
+                return crossing
+            try:
+                self._introduce(renewed, [share for share in renewed.shares if share not in crossing.shares], args)
+            except NotShippable as error:
+                log.detail(f"a region stays in the lead: {error}")
+                renewed.is_replaced = True
+                return crossing
+            crossing.is_replaced = True
+        return renewed
 
     def prepare(self, crossing: Crossing, args: Sequence[Any]) -> None:
         """Send programs, parameters and layouts to the workers of a crossing. Does not wait."""
         with self.lock:
-            for share in crossing.shares:
-                share.link.send(m.Load(share.job, share.program))
-            self.bind(crossing, args)
-            for share in crossing.shares:
-                share.link.send(share.layout)
+            self._introduce(crossing, crossing.shares, args)
+
+    def _introduce(self, crossing: Crossing, shares: Sequence[Share], args: Sequence[Any]) -> None:
+        for share in shares:
+            share.link.send(m.Load(share.job, share.program))
+        self.bind(crossing, args)
+        for share in shares:
+            share.link.send(share.layout)
 
     def is_ready(self, crossing: Crossing) -> bool:
-        """Whether every worker of a crossing has prepared its part."""
-        return all(share.layout.layout in share.link.prepared for share in crossing.shares)
+        """Whether every worker of a crossing has prepared its part, or has no memory for it."""
+        return all(share.link.answered(share.layout.layout) for share in crossing.shares)
 
     def wait_ready(self, crossings: Sequence[Crossing]) -> bool:
         """Wait until all of these are prepared; False where a worker was lost on the way or time ran out."""
@@ -227,11 +287,15 @@ class Coordinator:
 
     @property
     def epoch(self) -> int:
-        """How many workers were lost so far: plans of an earlier epoch are void."""
+        """How many workers were lost for good so far: plans of an earlier epoch are void."""
         return self._watcher.epoch
 
     def usable(self) -> list[int]:
-        """The workers that can be planned with: all which are not lost."""
+        """The workers that can be planned with: all which are there, or will be there again."""
+        return [link.index for link in self.links if not link.is_last]
+
+    def present(self) -> list[int]:
+        """The workers that are not lost, or not any more."""
         return [link.index for link in self.links if link.lost is None]
 
     def _bind(self, share: Share, tensors: Sequence[torch.Tensor]) -> None:
@@ -277,6 +341,11 @@ class Coordinator:
             link.last = (self._sequence - 1) & SEQUENCE_MASK
             self.device.signal((link.done,), (link.last,))
 
+    def _describe(self) -> str:
+        """What is handed out, for a report."""
+        slots = self._arena.in_use - len(self._retired)
+        return f"sequence number {self._sequence}; slots in use: {slots}, in chunks: {len(self._arena.chunks)}"
+
     def _keep_order(self) -> None:
         """A worker's counter must grow in the order of its messages, whatever stream they are submitted from."""
         stream = self.device.stream_key()
@@ -300,6 +369,8 @@ class Coordinator:
         self._watcher.stop()
         for link in self.links:
             link.stop()
+        for heir in self._watcher.heirs.values():
+            heir.dismiss()
         self._channel.close()
 
     def free(self) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -111,6 +112,7 @@ class Crossing:
     flats: tuple[Flat, ...] = ()
     random_total: int = 0
     key: int = 0
+    is_replaced = False  # by one with other workers; no field
 
     def __post_init__(self) -> None:
         self.token = torch.zeros(1, device=self.device)
@@ -129,7 +131,37 @@ class Crossing:
             "flats": [flat.whole for flat in self.flats],
         }
 
+    def is_open(self) -> bool:
+        """Whether all of its workers are there and have prepared it; otherwise the lead computes the region."""
+        return all(link.lost is None and self.layout in link.prepared for link in self.links)
+
+    def no_memory(self) -> str | None:
+        """Which worker had no memory for it, and what it said; then it stays in the lead."""
+        short = (link for link in self.links if self.layout in link.no_memory)
+        return next((f"no memory in worker {link.index}: {link.no_memory[self.layout]}" for link in short), None)
+
+    def renewed(self, current: Sequence[Link]) -> Crossing | None:
+        """The same with the processes that took the places of lost ones; None where nothing has changed.
+
+        What is under way keeps this one. The shares of other workers are the same objects, which the one that is
+        not replaced has forgotten in the end. `current`: the links that there are now, worker 1 first.
+        """
+        stale = [link for link in self.links if link.lost is not None and current[link.index - 1].lost is None]
+        if not stale or self.no_memory() is not None:
+            return None
+        return replace(
+            self,
+            shares=tuple(
+                replace(share, link=current[share.link.index - 1], pointers=None, chunks=(), statics={})
+                if share.link in stale
+                else share
+                for share in self.shares
+            ),
+        )
+
     def __del__(self) -> None:
+        if self.is_replaced:
+            return
         self.owner.forget([(share.link, share.layout.layout, share.job) for share in self.shares])
 
     def tensors(self, room: Room, part: str) -> list[torch.Tensor]:

@@ -41,11 +41,15 @@ class _Here:
 
 
 def fork(crossing: Crossing, args: tuple[Any, ...]) -> tuple[Invocation | _Here, torch.Tensor | None]:
-    """Send a region's arguments to the workers, which start; the token ties Join to this Fork in autograd."""
-    invocation = Invocation(crossing, args)
-    with crossing.owner.lock:
-        if _open(invocation, args):
-            return invocation, _start(invocation, args)
+    """Send a region's arguments to the workers, which start; the token ties Join to this Fork in autograd.
+
+    Where one of the workers is missing, or has no memory for it, the region runs in the lead.
+    """
+    if crossing.is_open():
+        invocation = Invocation(crossing, args)
+        with crossing.owner.lock:
+            if _open(invocation, args):
+                return invocation, _start(invocation, args)
     return _compute_here(crossing, args), None
 
 

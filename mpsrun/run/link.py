@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import time
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
@@ -39,18 +40,26 @@ def reached(counter: int, value: int) -> bool:
 
 
 class Link:
-    """One worker. Sends are ordered by the caller's lock.
+    """One worker process. Sends are ordered by the caller's lock.
 
-    States: *coming* (no Ready yet), *up* (started), *lost* (what it owes is the stand-in's). There is no way back.
+    States: *coming* (no Ready yet), *up* (started), *lost* (what it owes is the stand-in's). There is no way back:
+    a process that takes its place, of the next `generation`, has a link of its own. `is_last`: none will.
+    `no_memory`: by layout, what the worker said where it had no memory for it.
     """
 
-    def __init__(self, index: int, channel: LeadChannel) -> None:
+    def __init__(self, index: int, channel: LeadChannel, done: int, generation: int = 0) -> None:
         self.index = index
-        self.done = index  # the counter which says what this worker has done
+        self.done = done  # the counter which says what this worker has done
+        self.generation = generation
         self.pid: int | None = None
         self.started = False
         self.lost: str | None = None
+        self.is_last = False
+        self.is_ended = False  # by the lead
+        self.since_s = self.lost_s = time.monotonic()
         self.prepared: set[int] = set()
+        self.no_memory: dict[int, str] = {}
+        self.refused: set[int] = set()  # sequence numbers of work that the lead has to do
         self.owed: deque[Work] = deque()
         self.last = 0  # the sequence number of its latest work
         self.counts: m.Counts | None = None
@@ -59,9 +68,12 @@ class Link:
         self._mapped: set[int] = set()
         self._pidfd: int | None = None
         self._moved_s = 0.0
+        self._asked: dict[int, float] = {}  # layouts under preparation, and since when
 
     def ready(self, message: m.Ready) -> None:
         """The worker is there. Raises where it was there before, speaks another protocol or is gone already."""
+        if self.lost is not None:
+            raise MpsrunError(f"worker {self.index}: expected nothing more from it, found Ready from {message.pid}")
         if self.pid is not None:
             raise MpsrunError(f"worker {self.index}: expected to hear Ready once, found another from {message.pid}")
         if message.protocol != m.PROTOCOL:
@@ -71,6 +83,11 @@ class Link:
         except (OSError, OverflowError) as error:
             raise MpsrunError(f"worker {self.index} (pid {message.pid}) ended before it started") from error
         self.pid = message.pid
+
+    def has_started(self) -> None:
+        """The worker has opened its device."""
+        self.started = True
+        self._moved_s = time.monotonic()
 
     def exited(self) -> bool:
         """Whether the process has ended."""
@@ -87,7 +104,30 @@ class Link:
     def send(self, message: m.ToWorker) -> None:
         """Tell the worker something. A lost one is not told anything."""
         if self.lost is None:
+            if isinstance(message, m.Prepare):
+                self._asked[message.layout] = time.monotonic()
             self._channel.send(self.index, message)
+
+    def answered(self, layout: int) -> bool:
+        """Whether the worker has said what became of a layout."""
+        return layout in self.prepared or layout in self.no_memory
+
+    def has_prepared(self, layout: int) -> None:
+        """The worker is ready for a layout."""
+        self.prepared.add(layout)
+        self._answer(layout)
+
+    def lacks_memory(self, message: m.NoMemory) -> None:
+        """The worker had no memory for a layout: it is not asked for it again, and what it refused is not its work."""
+        self.no_memory.setdefault(message.layout, message.text)
+        self.prepared.discard(message.layout)
+        if message.seq:
+            self.refused.add(message.seq)
+        self._answer(message.layout)
+
+    def _answer(self, layout: int) -> None:
+        self._asked.pop(layout, None)
+        self._moved_s = time.monotonic()
 
     def remember(self, work: Work) -> None:
         """Note what is owed from now on, whether it can be sent or not."""
@@ -123,7 +163,7 @@ class Link:
         """
         before = len(self.owed)
         while self.owed and reached(done, self.owed[0].seq):
-            self.owed.popleft()
+            self.refused.discard(self.owed.popleft().seq)
         held = submitted is not None and self.owed and not reached(submitted, self.owed[0].seq)
         if len(self.owed) < before or held:
             self._moved_s = time.monotonic()
@@ -134,15 +174,48 @@ class Link:
             return 0.0
         return time.monotonic() - max(self.owed[0].since_s, self._moved_s)
 
+    @property
+    def preparing(self) -> list[int]:
+        """The layouts that the worker has not answered for."""
+        return list(self._asked)
+
+    def unread_bytes(self) -> int:
+        """How much of what it was sent for its steps the worker has not read."""
+        return self._channel.unread_bytes(self.index)
+
+    def signal(self, number: int) -> bool:
+        """Send the process a signal; False where there is none."""
+        if self._pidfd is None:
+            return False
+        try:
+            signal.pidfd_send_signal(self._pidfd, number)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def preparing_s(self) -> float:
+        """For how many seconds the worker, once started, has not got on with what it is to prepare."""
+        if not self._asked or not self.started:
+            return 0.0
+        now_s = time.monotonic()
+        return now_s - max(min([*self._asked.values()], default=now_s), self._moved_s)
+
     def forget(self, layouts: list[int], jobs: list[int]) -> None:
         """Have the worker drop what will not be used again."""
         self.prepared.difference_update(layouts)
+        for layout in layouts:
+            self.no_memory.pop(layout, None)
+            self._asked.pop(layout, None)
         self.send(m.Forget(layouts, jobs))
 
     def stop(self) -> None:
         """Have the worker end; a lost one too, if it is there at all."""
         if not self.exited():
             self._channel.send(self.index, m.Stop())
+        self.dismiss()
+
+    def dismiss(self) -> None:
+        """Let go of the process: another one has its place, or none is needed."""
         if self._pidfd is not None:
             os.close(self._pidfd)
             self._pidfd = None

@@ -16,9 +16,8 @@ from mpsrun.graph.effects import Effects
 from mpsrun.graph.regions import Region
 from mpsrun.graph.state import State, applied, is_state_node
 from mpsrun.run import philox
-from mpsrun.run.crossing import Crossing
 from mpsrun.run.forkjoin import fork, join
-from mpsrun.run.specialize import Cut
+from mpsrun.run.specialize import Cut, Strand
 from mpsrun.run.streams import LaneValues, Sides, open_sides
 
 
@@ -29,10 +28,6 @@ class Lowered:
     region: Region
     cut: Cut
     lanes: tuple[int, ...]
-
-    @property
-    def crossings(self) -> list[Crossing]:
-        return [strand.crossing for strand in self.cut.strands]
 
     @property
     def nodes(self) -> frozenset[fx.Node]:
@@ -198,7 +193,7 @@ class _Emitter:
         handles = []
         for strand in strands:
             args = tuple(self._values[node] for node in strand.args)
-            handles.append(self._graph.call_function(_forking(f"fork_{number}", strand.crossing), args))
+            handles.append(self._graph.call_function(_forking(f"fork_{number}", strand), args))
         self._handles += handles
         sides = self._open_sides(cut) if cut.sides else None
         random = cut.random if strands and strands[0].crossing.random_total else {}
@@ -263,8 +258,8 @@ def _item(values: Sequence[torch.Tensor], index: int) -> torch.Tensor:
     return values[index]
 
 
-def _forking(name: str, crossing: Crossing) -> Callable[..., Any]:
-    return _named(name, lambda *args: fork(crossing, args))
+def _forking(name: str, strand: Strand) -> Callable[..., Any]:
+    return _named(name, lambda *args: fork(strand.crossing, args))
 
 
 def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

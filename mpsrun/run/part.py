@@ -138,12 +138,24 @@ class Part:
                 self._summary.refuse(str(error), self.where)
                 variant.jobs[worker] = None
         job = variant.jobs[worker]
+        if job is not None:
+            job = variant.jobs[worker] = self._tended(coordinator, job, args)
         try:
             if job is not None:
                 job.binding.follow(args)
         except NotShippable as error:  # memory that no worker can see
             log.detail(f"a branch runs in the lead: {error}")
             return None
+        return job
+
+    def _tended(self, coordinator: Coordinator, job: Job, args: Sequence[Any]) -> Job | None:
+        """The job in the process that its worker is now; None once it had no memory."""
+        strand = job.strand
+        reason = strand.crossing.no_memory()
+        if reason is not None:
+            log.say(f"{strand.where}: runs in the lead from now on: {reason}")
+            return None
+        strand.crossing = coordinator.renew(strand.crossing, [self._value(node, args) for node in strand.args])
         return job
 
     def _new_job(self, coordinator: Coordinator, worker: int, args: Sequence[Any], seen: Observation) -> Job:

@@ -16,9 +16,9 @@ from mpsrun import config, log
 from mpsrun.config import Config
 from mpsrun.device import open_device
 from mpsrun.errors import MpsrunError
-from mpsrun.launch.ending import end
+from mpsrun.launch.pulse import answer_questions
 from mpsrun.launch.rundir import private_run_dir
-from mpsrun.launch.spawn import spawn_worker
+from mpsrun.launch.workers import Nursery
 from mpsrun.mps.control import Control, ControlError, pipe_dir_in_force
 from mpsrun.mps.verify import verify
 from mpsrun.run import report
@@ -71,6 +71,8 @@ def close() -> None:
         if _coordinator is not None:
             if _coordinator.settings.verbose:
                 report.print_table(_coordinator.counts())
+            with contextlib.suppress(OSError):  # a full disk, a run directory that somebody removed
+                _coordinator.settings.closing_marker.touch()
             _coordinator.close()
         _owned.close()
         if _coordinator is not None and config.current().run_dir is None:
@@ -83,6 +85,8 @@ def _open(kind: str) -> Coordinator:
     settings = config.current()
     if settings.run_dir is None:
         settings = _start_own_workers(settings)
+    elif not settings.pulse_fifo.exists():
+        answer_questions(settings)
     if not _registered:
         _registered = True
         atexit.register(close)
@@ -93,12 +97,10 @@ def _open(kind: str) -> Coordinator:
 
 def _start_own_workers(settings: Config) -> Config:
     """Without the launcher this process is the workers' parent."""
-    if threading.current_thread() is not threading.main_thread():
-        raise MpsrunError("workers can only be started from the main thread; start the script with mpsrun")
     settings = dataclasses.replace(settings, run_dir=_owned.enter_context(private_run_dir()))
-    for index in range(1, settings.worker_count() + 1):
-        process = spawn_worker(settings, index, os.getpid())
-        _owned.callback(end, [process], END_DEADLINE_S)
+    nursery = Nursery(settings, END_DEADLINE_S)
+    _owned.callback(nursery.stop)
+    nursery.start()
     log.say(f"without the launcher: started {settings.worker_count()} workers of this process's own")
     return settings
 

@@ -76,6 +76,7 @@ class Sets:
 
     def _run(self, coordinator: Coordinator, questions: Questions) -> list[Any]:
         """Workers start first, then the lead computes its own branches, then it takes what the workers have."""
+        coordinator.admit()
         coordinator.enter()
         draws = [question.part.draws(coordinator, question.args) for question in questions]
         known = [draw for draw in draws if draw is not None]
@@ -100,7 +101,7 @@ class Sets:
 
     def _jobs(self, coordinator: Coordinator, questions: Questions) -> list[Job | None]:
         """By branch, its job in the worker that it goes to; None where it stays in the lead, or is not ready yet."""
-        plan = _plan(questions, coordinator.usable(), coordinator.device.kind)
+        plan = _plan(questions, coordinator.present(), coordinator.device.kind)
         lanes = (0,) * len(questions) if isinstance(plan, Declined) else plan.lanes
         jobs = [
             q.part.job(coordinator, lane, q.args) if lane else None for q, lane in zip(questions, lanes, strict=True)

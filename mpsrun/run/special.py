@@ -99,10 +99,12 @@ class Planner:
         special = Special(describe(args), seen, (), key, owner.epoch if owner is not None else 0)
         plan = None
         if not self._options.forced:
+            workers = [link.index for link in owner.links] if owner is not None else []
             name = plans.fingerprint(key)
-            plan = plans.pinned(name, self._regions, len(usable), self.has_streams, self.captures)
+            plan = plans.pinned(name, self._regions, len(workers), self.has_streams, self.captures)
         if plan is not None:
-            special.candidates = (Candidate("pinned", plan, 0.0),)
+            gone = frozenset(workers) - {*usable}
+            special.candidates = (Candidate("pinned", plan.without(gone), 0.0),)
             return special
         special.candidates = self.candidates(usable)
         if not self._options.forced:

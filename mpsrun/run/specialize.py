@@ -27,16 +27,18 @@ _numbers = itertools.count(1)
 DETACHING = frozenset({"detach", "detach_", torch.detach, getattr(torch._C._autograd, "_get_data_attr", None)})
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Strand:
     """Branches whose outputs end in the same outputs of the graph, so that backward reaches all of them or none.
 
-    args: outside nodes which their workers need. outputs: their nodes which others need.
+    crossing: their way to the workers, another one once workers were started again. args: outside nodes which their
+    workers need. outputs: their nodes which others need. where: the user's line.
     """
 
     crossing: Crossing
     args: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
+    where: str
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class Cutter:
             args = tuple(dict.fromkeys(node for part in parts for node in part.inputs))
             outputs = tuple(node for part in parts for node in part.outputs)
             crossing = self._crossing(parts, args, seen, state, device, starts, total)
-            strands.append(Strand(crossing, args, outputs))
+            strands.append(Strand(crossing, args, outputs, region.where or "a region"))
             job_of = {share.link.index: share.job for share in crossing.shares}
             jobs |= {branch: job_of[lane] for branch, lane in group}
             # The first strand takes the whole region's share of the random sequence; the others count from its end.

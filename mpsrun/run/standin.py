@@ -34,11 +34,15 @@ class StandIn:
     def finish(self, link: Link, submitted: int | None, report: Callable[[Link, Work, Exception], None]) -> None:
         """Do what this link owes, as far as the lead's stream has come (it has released the work up to `submitted`).
 
+        Of a worker that is not lost this is what it refused to do, and has come to.
+
         Nothing here waits on the GPU: two lost workers may wait for each other's results. What the plain script would
         have raised goes to `report` before anybody who waits is released.
         """
         while link.owed and (submitted is None or reached(submitted, link.owed[0].seq)):
             work = link.owed[0]
+            if link.lost is None and work.seq not in link.refused:
+                return
             with self._on_stream(), philox.undisturbed(self._device.kind):
                 try:
                     self._do(work, work.crossing.share_of[link])
@@ -47,6 +51,7 @@ class StandIn:
                     self._executor.spoil(work.message)
                 self._device.signal([link.done], [work.seq])
             link.owed.popleft()
+            link.refused.discard(work.seq)
 
     def warm_up(self) -> None:
         """Have this thread's libraries loaded before the lead's stream is ever held."""

@@ -30,6 +30,7 @@ class Tuning:
         self._clock = StepClock(kind)
         self._state: tuner.State | None = None
         self._lost: set[int] = set()
+        self._short: set[int] = set()  # candidates that had no memory
         self._last_call = 0
 
     @property
@@ -59,12 +60,28 @@ class Tuning:
             self._last_call = calls
             return _tuning is self
 
-    def step(self, calls: int, lost: Sequence[int]) -> int:
-        """The candidate for the call that begins now; `lost`: the workers that are gone."""
-        self._last_call = calls
+    def pause(self) -> None:
+        """The call that begins now runs plain; what it and the one before it take is not compared."""
+        self._clock.interrupt()
+
+    def no_memory(self, candidate: int) -> None:
+        """A worker had no memory for a candidate that was to be tried."""
+        if not self.is_decided and candidate not in self._short:
+            self._short.add(candidate)
+            self._clock.interrupt()
+            self._start()
+            self._advance(tuner.OutOfMemory(candidate))
+
+    def _start(self) -> None:
         if self._state is None:
             self._state, actions = tuner.start(self.candidates)
             self._act(actions)
+
+    def step(self, calls: int, lost: Sequence[int]) -> int:
+        """The candidate for the call that begins now; `lost`: the workers that are gone for good."""
+        self._last_call = calls
+        self._start()
+        assert self._state is not None, "it was started"
         for worker in [worker for worker in lost if worker not in self._lost]:
             self._lost.add(worker)
             self._advance(tuner.WorkerLost(worker))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from mpsrun import log
 from mpsrun.errors import NotShippable
 from mpsrun.graph.effects import Effects
 from mpsrun.graph.regions import Region
@@ -22,30 +23,62 @@ from mpsrun.run.crossing import Crossing
 from mpsrun.run.lower import Lowered, lower
 from mpsrun.run.observe import Observation
 from mpsrun.run.recorder import recorder
-from mpsrun.run.specialize import Cutter
+from mpsrun.run.specialize import Cutter, Strand
 
 
 @dataclass(eq=False)
 class Variant:
     """One plan for one set of sizes and modes.
 
-    run: like the graph's `forward`. is_plain: whether it is nothing else. verified: how many of its calls were compared
-    with plain PyTorch.
+    run: like the graph's `forward`. places: by strand, the graph's arguments that are its own, None for other values.
+    is_plain: whether `run` is nothing but the graph. verified: how many of its calls were compared with plain PyTorch.
     """
 
     run: Callable[..., Any]
     binding: Binding
-    crossings: list[Crossing]
+    strands: list[Strand]
+    places: list[list[int | None]]
     reports: list[report.RegionReport]
     is_plain: bool
     ready: bool = False
     verified: int = 0
+    _changes: int = 0
+    _short: frozenset[Strand] = frozenset()
+
+    @property
+    def crossings(self) -> list[Crossing]:
+        return [strand.crossing for strand in self.strands]
+
+    @property
+    def lacks_memory(self) -> bool:
+        """Whether a region of it runs in the lead since a worker had no memory for it."""
+        return bool(self._short)
 
     def is_ready(self) -> bool:
-        """Whether every worker has prepared its part."""
+        """Whether every worker has prepared its part, once."""
         if not self.ready:
             self.ready = all(crossing.owner.is_ready(crossing) for crossing in self.crossings)
         return self.ready
+
+    def is_whole(self) -> bool:
+        """Whether every region can take its lanes now; while a worker is missing some run in the lead."""
+        return all(crossing.is_open() or crossing.no_memory() is not None for crossing in self.crossings)
+
+    def tend(self, args: Sequence[Any]) -> None:
+        """A call with these arguments begins: have workers that were started again prepare their parts.
+
+        Does not wait. Says once which regions stay in the lead since a worker had no memory for them.
+        """
+        if not self.strands or self._changes == (changes := self.strands[0].crossing.owner.changes):
+            return
+        self._changes = changes
+        for strand, places in zip(self.strands, self.places, strict=True):
+            values = [None if i is None else args[i] for i in places]
+            strand.crossing = strand.crossing.owner.renew(strand.crossing, values)
+            reason = strand.crossing.no_memory()
+            if reason is not None and strand not in self._short:
+                self._short |= {strand}
+                log.say(f"{strand.where}: runs in the lead from now on: {reason}")
 
 
 class Maker:
@@ -74,19 +107,19 @@ class Maker:
         """
         regions, run = self._lower(self._cut_all(plan, seen))
         strands = [strand for lowered in regions for strand in lowered.cut.strands]
+        places = [[self._position.get(node) for node in strand.args] for strand in strands]
         try:
-            for strand in strands:
-                places = (self._position.get(node) for node in strand.args)
-                strand.crossing.owner.prepare(strand.crossing, [None if i is None else args[i] for i in places])
+            for strand, own in zip(strands, places, strict=True):
+                strand.crossing.owner.prepare(strand.crossing, [None if i is None else args[i] for i in own])
         except NotShippable as error:
             self._summary.note(str(error))
-            regions, run, strands = [], self._gm.forward, []
+            regions, run, strands, places = [], self._gm.forward, [], []
         reports = [self._summary.accept(r.region, r.lanes, r.cut.jobs) for r in regions]
         binding = Binding(strands, self._position)
         captured = plan.captured and not strands
         if captured:
             run = Captured(self._subject, run, recorder(self._device(args)))
-        return Variant(run, binding, [strand.crossing for strand in strands], reports, not reports and not captured)
+        return Variant(run, binding, strands, places, reports, not reports and not captured)
 
     def _device(self, args: Sequence[Any]) -> torch.device:
         """The one of the graph's tensors: a graph of several is not captured."""

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import collections
+import gc
 import os
 import traceback
 
 import torch
 
 from mpsrun import config
+from mpsrun.config import REPORTED
 from mpsrun.device import Chunk, ChunkHandle, Device, open_device, typed_view
 from mpsrun.errors import MpsrunError
 from mpsrun.graph.program import validate
+from mpsrun.launch.error_file import leave_error
 from mpsrun.run.executor import Executor
 from mpsrun.run.state import apply_flags
 from mpsrun.wire import messages as m
 from mpsrun.wire.channel import WorkerChannel
 
 POLL_S = 1.0
+# What libraries say instead of torch.OutOfMemoryError: the CUDA runtime, cuBLAS and cuDNN, torch's allocator on a CPU.
+NO_MEMORY = ("CUDA error: out of memory", "STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
 SPIN_S = 0.002  # longer than what lies between two messages of one step
 FOREVER_S = 1e9  # a GPU-side wait; the watchdog of the lead ends it
 
@@ -25,8 +30,9 @@ FOREVER_S = 1e9  # a GPU-side wait; the watchdog of the lead ends it
 class Worker:
     """Everything a worker knows: the device, the mapped chunks and the jobs."""
 
-    def __init__(self, index: int, channel: WorkerChannel) -> None:
+    def __init__(self, index: int, channel: WorkerChannel, generation: int = 0) -> None:
         self.index = index
+        self.generation = generation
         self.channel = channel
         self._device: Device | None = None
         self._executor: Executor | None = None
@@ -36,10 +42,11 @@ class Worker:
         self._spin_s = 0.0
         self._forwards: collections.Counter[int] = collections.Counter()
         self._backwards: collections.Counter[int] = collections.Counter()
+        self._given_up: set[int] = set()  # invocations whose forward had no memory
 
-    def run(self) -> None:
-        """Serve until `Stop`; what raises is reported, and nothing more is done after it."""
-        self.channel.send(m.Ready(self.index, os.getpid(), m.PROTOCOL))
+    def run(self) -> int:
+        """Serve until `Stop`; what raises is reported, and nothing more is done after it. Returns the exit status."""
+        self.channel.send(m.Ready(self.index, os.getpid(), m.PROTOCOL, self.generation))
         message: m.ToWorker | None = None
         while not isinstance(message, m.Stop):
             message = None
@@ -49,8 +56,8 @@ class Worker:
                     self._handle(message)
             except Exception as error:  # noqa: BLE001 - whatever it is, the lead must hear of it
                 self._fail(message, error)
-                self._idle()
-                return
+                return REPORTED
+        return 0
 
     def _handle(self, message: m.ToWorker) -> None:
         match message:
@@ -59,6 +66,7 @@ class Worker:
             case m.Backward():
                 self._step(message)
             case m.Drop():
+                self._given_up.difference_update(message.invocations)
                 self.executor.drop(message.invocations)
             case m.Map():
                 self._open(message.chunk)
@@ -99,11 +107,11 @@ class Worker:
         self._executor = Executor(self._device, self._chunks.__getitem__)
         self._submitted, self._done = message.submitted, message.done
         self._spin_s = SPIN_S if message.threads > 1 else 0.0
-        self.channel.send(m.Started(self.index))
+        self.channel.send(m.Started(self.index, self.generation))
 
     def _counts(self) -> m.Counts:
         forwards, backwards = dict(self._forwards), dict(self._backwards)
-        return m.Counts(self.index, forwards, backwards, len(self.executor.jobs), self.executor.kept)
+        return m.Counts(self.index, forwards, backwards, len(self.executor.jobs), self.executor.kept, self.generation)
 
     def _map(self, handle: ChunkHandle) -> Chunk:
         chunk = self._chunks[handle.id] = self.device.open_chunk(handle)
@@ -135,22 +143,52 @@ class Worker:
     def _prepare(self, message: m.Prepare) -> None:
         self.executor.layouts[message.layout] = message
         if self.executor.jobs[message.job].unbound is None:
-            self.executor.warm_up(message)
-        self.channel.send(m.Prepared(self.index, message.layout))
+            try:
+                self.executor.warm_up(message)
+            except RuntimeError as error:
+                if not lacks_memory(error):
+                    raise
+                self._give_up(0, message.layout, error)
+                return
+        self.channel.send(m.Prepared(self.index, message.layout, self.generation))
 
     def _step(self, message: m.Forward | m.Backward) -> None:
         """Wait for the lead's tensors, compute, signal. On a GPU all three are only queued here."""
         apply_flags(message.flags)
-        job = self.executor.layouts[message.layout].job
         if self.device.kind == "cuda":  # on a CPU the message itself comes after the tensors
             self.device.wait([self._submitted], [message.seq], FOREVER_S)
+        try:
+            self._compute(message)
+        except RuntimeError as error:
+            if not lacks_memory(error):
+                raise
+            asked_again = self.executor.layouts[message.layout].grad if isinstance(message, m.Forward) else message.keep
+            (self._given_up.add if asked_again else self._given_up.discard)(message.invocation)
+            self.executor.drop([message.invocation])
+            self._give_up(message.seq, message.layout, error)
+            self.device.wait([self._done], [message.seq], FOREVER_S)
+        else:
+            self.device.signal([self._done], [message.seq])
+
+    def _compute(self, message: m.Forward | m.Backward) -> None:
+        job = self.executor.layouts[message.layout].job
         if isinstance(message, m.Forward):
             self.executor.forward(message)
             self._forwards[job] += 1
-        else:
-            self.executor.backward(message)
-            self._backwards[job] += 1
-        self.device.signal([self._done], [message.seq])
+            return
+        if message.invocation in self._given_up:
+            raise torch.OutOfMemoryError("there was no memory for its forward")
+        self.executor.backward(message)
+        self._backwards[job] += 1
+
+    def _give_up(self, seq: int, layout: int, error: RuntimeError) -> None:
+        """Leave a piece of work to the lead: nothing of it is under way any more, and its memory is given back."""
+        text = str(error)
+        error.__traceback__ = None  # it holds the tensors that were computed so far
+        gc.collect()
+        self.device.synchronize()
+        self.device.give_back_memory()
+        self.channel.send(m.NoMemory(self.index, seq, layout, text, self.generation))
 
     def _fail(self, message: m.ToWorker | None, error: Exception) -> None:
         """Drain the device, so that nothing of this worker writes any more, then tell the lead."""
@@ -161,22 +199,24 @@ class Worker:
                 self._device.synchronize()
             except Exception as further:  # noqa: BLE001 - a broken CUDA context: the first error is the one to report
                 text += f"\nwhile draining the device: {further}"
-        self.channel.send(m.Failed(self.index, seq, type(error).__name__, str(error), text))
-
-    def _idle(self) -> None:
-        """Hold the memory that others may still use, until told to stop."""
-        while True:
-            try:
-                if isinstance(self.channel.receive(POLL_S), m.Stop):
-                    return
-            except MpsrunError:
-                continue
+        leave_error(config.current().error_file(f"worker {self.index}"), error)
+        report = m.Failed(self.index, seq, type(error).__name__, str(error), text, self.generation)
+        self.channel.send(report)
 
 
-def main(index: int) -> None:
-    """Serve as worker `index`, from 1; the process is tied to its parent already. Does not return."""
+def lacks_memory(error: RuntimeError) -> bool:
+    """Whether an error says that there was no memory, which leaves the process and its device as they were."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in NO_MEMORY)
+
+
+def main(index: int, generation: int) -> None:
+    """Serve as worker `index`, from 1; the process is tied to its parent already. Does not return.
+
+    generation: how many processes had this index before.
+    """
     settings = config.current()
-    channel = WorkerChannel(settings.worker_socket(index), settings.report_socket)
-    Worker(index, channel).run()
+    secret = settings.secret_file.read_bytes()
+    channel = WorkerChannel(settings.worker_socket(index, generation), settings.report_socket, secret)
+    status = Worker(index, channel, generation).run()
     channel.close()
-    os._exit(0)  # no interpreter shutdown: memory shared by CUDA IPC is closed by the driver, in whatever order
+    os._exit(status)  # no interpreter shutdown: memory shared by CUDA IPC is closed by the driver, in whatever order

@@ -2,7 +2,8 @@
 
 A *job* is one worker's share of a region: a program with its parameters bound. A *layout* is a job for given shapes:
 where in a slot each tensor stands. A message that starts work carries a sequence number; the worker's counter reaches
-that number when the work is done.
+that number when the work is done. A report names its sender by the worker's index and generation: how many processes
+had this index before.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import msgspec
 from mpsrun.device import ChunkHandle, TensorRef
 from mpsrun.graph.program import Program, State
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 
 class Slot(msgspec.Struct, frozen=True, array_like=True):
@@ -175,12 +176,14 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     worker: int
     pid: int
     protocol: int
+    generation: int = 0
 
 
 class Started(msgspec.Struct, frozen=True, tag=True):
     """The device is open."""
 
     worker: int
+    generation: int = 0
 
 
 class Prepared(msgspec.Struct, frozen=True, tag=True):
@@ -188,16 +191,31 @@ class Prepared(msgspec.Struct, frozen=True, tag=True):
 
     worker: int
     layout: int
+    generation: int = 0
+
+
+class NoMemory(msgspec.Struct, frozen=True, tag=True):
+    """There was no memory for work `seq` (0: for preparing) of a layout. The worker has given back what it could.
+
+    It goes on with its next message once its counter has reached `seq`: the lead does this piece of work.
+    """
+
+    worker: int
+    seq: int
+    layout: int
+    text: str
+    generation: int = 0
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """Work `seq` raised (0: something outside a step); the worker has drained its device and does no more."""
+    """Work `seq` raised (0: something outside a step); the worker has drained its device, and ends."""
 
     worker: int
     seq: int
     kind: str
     text: str
     traceback: str
+    generation: int = 0
 
 
 class Counts(msgspec.Struct, frozen=True, tag=True):
@@ -208,6 +226,7 @@ class Counts(msgspec.Struct, frozen=True, tag=True):
     backwards: dict[int, int]
     jobs: int
     kept: int
+    generation: int = 0
 
 
-ToLead = Ready | Started | Prepared | Failed | Counts
+ToLead = Ready | Started | Prepared | NoMemory | Failed | Counts

@@ -46,6 +46,7 @@ class Ring:
     def create(cls) -> Ring:
         """A ring in a memfd, which another process of this user opens by `path`."""
         fd = os.memfd_create("mpsrun-ring", os.MFD_CLOEXEC)
+        os.fchmod(fd, 0o600)
         os.ftruncate(fd, _DATA + CAPACITY_BYTES)
         ring = cls(mmap.mmap(fd, _DATA + CAPACITY_BYTES), f"/proc/{os.getpid()}/fd/{fd}")
         weakref.finalize(ring, os.close, fd).atexit = False
@@ -54,6 +55,11 @@ class Ring:
     @classmethod
     def open(cls, path: str) -> Ring:
         return cls(open_memfd(path, _DATA + CAPACITY_BYTES), path)
+
+    @property
+    def unread_bytes(self) -> int:
+        """How much was written and not yet read."""
+        return self._head.value - self._tail.value & _MASK
 
     def close(self) -> None:
         """Unmap this end; nothing can be written or read here any more."""

@@ -25,7 +25,7 @@ Fault = Callable[[Coordinator, int, pytest.MonkeyPatch], None]
 @pytest.fixture(scope="module")
 def expendable(daemon: None) -> Iterator[Coordinator]:
     """More workers than the tests of this file lose, under a short watchdog."""
-    with pool.running(Config(workers=7, lanes="workers", timeout_s=4.0), "cuda") as coordinator:
+    with pool.running(Config(workers=7, lanes="workers", timeout_s=4.0, worker_restarts=0), "cuda") as coordinator:
         yield coordinator
 
 

@@ -1,6 +1,6 @@
 """Habits of whole scripts: the same output under `python` and on worker lanes, and the same one again."""
 
-from conftest import Runner
+from tests.launch.conftest import Runner
 
 NETWORK = """
 import copy, io, pickle, torch

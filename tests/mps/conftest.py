@@ -12,7 +12,7 @@ import pytest
 
 from mpsrun.launch.spawn import spawn_guard
 from mpsrun.mps.control import CONTROL, PIPE_DIRECTORY, Control
-from mpsrun.mps.lifecycle import stop_guard, wait_ready
+from mpsrun.mps.service import stop_guard, wait_ready
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from mpsrun.config import Config
 from mpsrun.errors import MpsrunError, UsageError
 from mpsrun.launch.spawn import spawn_guard
 from mpsrun.mps.control import PIPE_DIRECTORY, Control
-from mpsrun.mps.lifecycle import cuda_mps, wait_ready
+from mpsrun.mps.lifecycle import cuda_mps
+from mpsrun.mps.service import wait_ready
 from tests.mps.conftest import Start
 
 
@@ -90,7 +91,7 @@ def test_a_daemon_that_never_answers(
     fake_program: Path, pipe_dir: Path, start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("FAKE_MPS_DAEMON", "mute")
-    monkeypatch.setattr("mpsrun.mps.lifecycle.START_S", 0.5)
+    monkeypatch.setattr("mpsrun.mps.service.START_S", 0.5)
     with pytest.raises(MpsrunError, match=r"did not answer within 0\.5 s"):
         wait_ready(start(), Control(pipe_dir, deadline_s=0.3), tmp_path)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mpsrun.mps.control import Control, ControlError
-from mpsrun.mps.lifecycle import wait_ready
+from mpsrun.mps.service import wait_ready
 from mpsrun.mps.verify import Attachment, attached, verify
 from tests.mps.conftest import Start
 

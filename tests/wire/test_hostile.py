@@ -25,6 +25,7 @@ from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.worker import Worker
 from mpsrun.wire import codec
 from mpsrun.wire import messages as m
+from mpsrun.wire.channel import _open
 from mpsrun.wire.ring import CAPACITY_BYTES, Ring
 
 
@@ -201,7 +202,7 @@ class TestRing:
 @pytest.fixture(scope="class")
 def expendable() -> Iterator[Coordinator]:
     """A worker for each message: one that is refused ends the worker's work."""
-    with pool.running(Config(workers=len(SENT) + 3, lanes="workers", timeout_s=20.0)) as coordinator:
+    with pool.running(Config(workers=len(SENT) + 3, lanes="workers", timeout_s=20.0, worker_restarts=0)) as coordinator:
         yield coordinator
 
 
@@ -232,7 +233,12 @@ class TestWorkers:
     def test_no_message_on_the_socket(self, expendable: Coordinator) -> None:
         """Somebody of this user sends noise: what arrives between two messages of the lead is refused."""
         pair = Pair(expendable)
-        send(expendable.settings.worker_socket(pair.victim), *NO_MESSAGE.values(), bytes(codec.LIMIT_BYTES + 1))
+        send(
+            expendable.settings,
+            expendable.settings.worker_socket(pair.victim),
+            *NO_MESSAGE.values(),
+            bytes(codec.LIMIT_BYTES + 1),
+        )
         with expendable.lock:
             expendable.links[pair.victim - 1].send(m.Count())
         for _ in range(3):
@@ -249,7 +255,7 @@ class TestWorkers:
 
 @pytest.fixture(scope="class")
 def few() -> Iterator[Coordinator]:
-    with pool.running(Config(workers=2, lanes="workers", timeout_s=20.0)) as coordinator:
+    with pool.running(Config(workers=2, lanes="workers", timeout_s=20.0, worker_restarts=0)) as coordinator:
         yield coordinator
 
 
@@ -259,7 +265,7 @@ class TestLead:
     def test_noise(self, few: Coordinator) -> None:
         """What cannot be read is refused; an error of the run, or none, but no wrong numbers and no hang."""
         pair = Pair(few)
-        send(few.settings.report_socket, *NO_MESSAGE.values(), codec.encode(m.Stop()))
+        send(few.settings, few.settings.report_socket, *NO_MESSAGE.values(), codec.encode(m.Stop()))
         pair.assert_same_or_refused()
         pair.assert_same()
 
@@ -279,7 +285,7 @@ class TestLead:
     )
     def test_report(self, few: Coordinator, report: m.ToLead) -> None:
         pair, pids = Pair(few), pool.pids()
-        send(few.settings.report_socket, codec.encode(report))
+        send(few.settings, few.settings.report_socket, codec.encode(report))
         pair.assert_same_or_refused()
         pair.assert_same()
         assert pool.pids() == pids, "what a stranger claims must not decide which process is ended"
@@ -315,10 +321,10 @@ class Pair:
                 self.plain.load_state_dict(self.fast.state_dict())
 
 
-def send(address: str, *messages: bytes) -> None:
-    """Put messages on a socket of the run, as another process of this user could."""
-    with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
-        socket.setsockopt(zmq.LINGER, 2000)
-        socket.connect(address)
+def send(settings: Config, address: str, *messages: bytes) -> None:
+    """Put messages on a socket of the run, as another process of this user could that has read the secret."""
+    with zmq.Context() as context:
+        socket = _open(context, zmq.PUSH, address, settings.secret_file.read_bytes(), bind=False)
         for message in messages:
             socket.send(message)
+        socket.close(2000)

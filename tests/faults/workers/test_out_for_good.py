@@ -108,13 +108,15 @@ def batch(seed: int) -> Tensor:
 @pytest.fixture(scope="class")
 def expendable() -> Iterator[Coordinator]:
     """More workers than a test loses, under a short watchdog."""
-    with pool.running(Config(workers=12, lanes="workers", timeout_s=WATCHDOG_S)) as coordinator:
+    with pool.running(Config(workers=12, lanes="workers", timeout_s=WATCHDOG_S, worker_restarts=0)) as coordinator:
         yield coordinator
 
 
 @pytest.fixture(scope="class")
 def strict() -> Iterator[Coordinator]:
-    with pool.running(Config(workers=4, lanes="workers", timeout_s=WATCHDOG_S, strict=True)) as coordinator:
+    with pool.running(
+        Config(workers=4, lanes="workers", timeout_s=WATCHDOG_S, worker_restarts=0, strict=True)
+    ) as coordinator:
         yield coordinator
 
 
@@ -247,7 +249,7 @@ class TestGoesOn:
 
 def test_worker_lost_between_sets_of_branches() -> None:
     """Every branch is sent to the workers that are left, and what was under way is computed here."""
-    with pool.running(Config(workers=2, lanes="workers", timeout_s=WATCHDOG_S)) as coordinator:
+    with pool.running(Config(workers=2, lanes="workers", timeout_s=WATCHDOG_S, worker_restarts=0)) as coordinator:
         torch.manual_seed(0)
         fast = mpsrun.Branches([nn.Linear(6, 6) for _ in range(4)], join="cat").double()
         plain = copy.deepcopy(fast)
