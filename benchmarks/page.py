@@ -16,7 +16,7 @@ HEAD = """# Benchmarks
 Milliseconds for one training step without the optimizer: copy of the batch from pinned memory, forward, loss,
 backward, `zero_grad`. Each cell has the median, the minimum and maximum of the repeats, and the speed-up over eager;
 the fastest engine of a row is bold. All engines of a row took turns in one process on one GPU. `mpsrun auto` is
-mpsrun's own choice; the other three force one kind of lane. Written by `scripts/bench`.
+mpsrun's own choice; its other columns force one kind of lane. Written by `scripts/bench`.
 """
 
 
