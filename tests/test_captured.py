@@ -1,8 +1,11 @@
 """Captured lanes: everything around a recording. On a CPU a replay computes anew; what is recorded is for tests/gpu."""
 
 import copy
+import dataclasses
 import gc
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +13,11 @@ from networks import SMALL, Three, why_not_here
 from torch import Tensor, nn
 from transparency import assert_same, moved, trained
 
-from mpsrun.run import backend, captured, report
+from mpsrun import config
+from mpsrun.plan.planfile import PlanFile
+from mpsrun.run import backend, captured, plans, report, verify
 from mpsrun.run.captured import Captured
+from mpsrun.run.special import Planner
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 TWICE = "backward through the graph a second time"
@@ -261,7 +267,7 @@ def test_what_cannot_be_recorded_runs_uncaptured(made: list[Captured], monkeypat
     class Full:
         era = 0
 
-        def record(self, function: Callable[[], object]) -> None:
+        def make_room(self) -> None:
             raise torch.OutOfMemoryError("no memory for a recording")
 
     monkeypatch.setattr("mpsrun.run.variant.recorder", lambda device: Full())
@@ -288,3 +294,57 @@ def test_input_written_in_place_is_refused(made: list[Captured]) -> None:
     Pair(Writes).both(use)
     assert made == []
     assert any("writes its input" in text for graph in report.graphs for text in graph.refusals)
+
+
+def test_verified_steps(
+    made: list[Captured], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = dataclasses.replace(config.current(), verify=3)
+    monkeypatch.setattr(config, "current", lambda: settings)
+    monkeypatch.setattr(verify, "_all", [])
+    monkeypatch.setattr(verify, "_said", False)
+    fast = on_captured(Three(8).double())
+    for _ in range(5):
+        fast(inputs()).square().sum().backward()
+    verify.say_rest()
+    assert "verified 3 steps of a network" in capfd.readouterr().err
+    assert made[0].replays == 3
+
+
+def test_a_wrong_replay_is_found(made: list[Captured], monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = dataclasses.replace(config.current(), verify=3)
+    monkeypatch.setattr(config, "current", lambda: settings)
+    monkeypatch.setattr(verify, "_all", [])
+    monkeypatch.setattr(captured, "_copied", lambda output: output.detach() + 1e-3)
+    fast = on_captured(Three(8).double())
+    for _ in range(2):
+        fast(inputs()).square().sum().backward()
+    with pytest.raises(SystemExit) as ended:
+        fast(inputs())
+    assert ended.value.code == verify.EXIT_STATUS
+
+
+def test_a_captured_plan_is_pinned(made: list[Captured], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "plan"
+    settings = dataclasses.replace(config.current(), save_plan=path)
+    monkeypatch.setattr(config, "current", lambda: settings)
+    monkeypatch.setattr(plans, "_saved", PlanFile())
+    on_captured(fast := Three(8).double())
+    for _ in range(2):
+        fast(inputs()).sum().backward()
+    plans._write(os.getpid())
+    text = path.read_text()
+    assert "captured\nregion 0: stream 1 | stream 2 | stream 3\n" in text
+    settings = dataclasses.replace(config.current(), save_plan=None, plan=path, lanes="auto")
+    for captures, replays in ((True, [2]), (False, [])):
+        monkeypatch.setattr(Planner, "captures", captures)
+        monkeypatch.setattr(Planner, "has_streams", True)
+        plans.pins.cache_clear()
+        torch._dynamo.reset()
+        made.clear()
+        other = Three(8).double()
+        other.compile(backend=backend.mpsrun)
+        for _ in range(4):
+            other(inputs()).sum().backward()
+        assert [graph.replays for graph in made] == replays
+    plans.pins.cache_clear()

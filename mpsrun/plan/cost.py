@@ -21,11 +21,12 @@ class Machine:
     replay_us: float = 0.0
 
 
-# Measured on an H200 with eager PyTorch: an op costs 85 to 95 us of one CPU thread, forward and backward together
-# (GoogLeNet batch 8, transformer towers batch 4), and a crossing, which is fork, join and both of their backwards, some
-# 640 us of the lead (benchmarks/h200.json). The rates are what training reaches there, not its peaks.
+# With eager PyTorch an op costs 85 to 95 us of one CPU thread, forward and backward together: GoogLeNet batch 8 and
+# transformer towers batch 4 on an H200 (benchmarks/h200.json). A crossing, which is fork, join and both of their
+# backwards, takes some 550 us of the lead on an H100 (benchmarks/h100.json). The rates are what training reaches there,
+# not its peaks.
 MACHINES = {
-    "cuda": Machine(launch_us=30.0, flops_per_s=100e12, bytes_per_s=1.5e12, crossing_us=640.0, replay_us=2.0),
+    "cuda": Machine(launch_us=30.0, flops_per_s=100e12, bytes_per_s=1.5e12, crossing_us=550.0, replay_us=2.0),
     "cpu": Machine(launch_us=5.0, flops_per_s=100e9, bytes_per_s=10e9, crossing_us=500.0, cores_shared=True),
 }
 

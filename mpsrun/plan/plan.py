@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mpsrun.errors import UsageError
 from mpsrun.graph.regions import Region
@@ -71,14 +71,13 @@ class Plan:
 
     def without(self, workers: Collection[int]) -> "Plan":
         """The same plan with what these workers would do in the lead."""
-        return Plan(
-            {
-                index: Assignment(tuple(LEAD if lane in workers else lane for lane in choice.lanes))
-                if isinstance(choice, Assignment)
-                else choice
-                for index, choice in self.regions.items()
-            }
-        )
+        regions = {
+            index: Assignment(tuple(LEAD if lane in workers else lane for lane in choice.lanes))
+            if isinstance(choice, Assignment)
+            else choice
+            for index, choice in self.regions.items()
+        }
+        return replace(self, regions=regions)
 
     @property
     def streams(self) -> frozenset[int]:

@@ -72,13 +72,20 @@ class PlanFile:
         return graph.plan
 
 
-def fits(plan: Plan, regions: Sequence[Region], worker_count: int, has_streams: bool = True) -> str | None:
-    """Why `plan` cannot be followed for these regions with workers 1 to `worker_count`, or None where it can."""
+def fits(
+    plan: Plan, regions: Sequence[Region], worker_count: int, has_streams: bool = True, captures: bool = True
+) -> str | None:
+    """Why `plan` cannot be followed for these regions with workers 1 to `worker_count`, or None where it can.
+
+    captures: whether the graph can be captured.
+    """
     known = {region.index: region for region in regions}
     if set(plan.regions) != set(known):
         return f"it is for another network: expected regions {_list(known)}, found {_list(plan.regions)}"
     if plan.workers and max(plan.workers) > worker_count:
         return f"it uses worker {max(plan.workers)}, and the run has {worker_count}; start more with --workers"
+    if plan.captured and not captures:
+        return "it is captured, which this graph cannot be here (--verbose says why)"
     if plan.workers and plan.captured:
         return f"it is captured and uses worker {min(plan.workers)}, which cannot be; delete one of the two"
     if plan.streams and not has_streams:

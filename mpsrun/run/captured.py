@@ -179,8 +179,7 @@ class _Body:
         self._generation = 0
         self.failed: RuntimeError | None = None  # why its backward cannot be recorded, if so
         self._pending: Callable[[], _Call | None] = lambda: None
-        if subject.kind == "cuda":
-            torch.cuda.empty_cache()  # nothing can be given back while it is recorded
+        recorder.make_room()
         self._forward = recorder.record(self._compute)
 
     def _own(self, i: int, arg: Any) -> Any:
@@ -252,9 +251,8 @@ class _Body:
         self._generation += 1
         self._result = self._forward.replay()
         self._outputs = _tensors(self._result)
-        for i, count in self._bumps.items():
-            for _ in range(count):
-                torch.autograd.graph.increment_version(args[i])
+        for round_ in range(max(self._bumps.values(), default=0)):
+            torch.autograd.graph.increment_version([args[i] for i, count in self._bumps.items() if count > round_])
         return self._outputs
 
     @property

@@ -32,6 +32,9 @@ class Recorder(Protocol):
 
     era: int  # recordings of another era are not to be replayed
 
+    def make_room(self) -> None:
+        """Before a recording. Raises `torch.OutOfMemoryError` where nothing would be left for other steps."""
+
     def record(self, function: Function) -> Recording:
         """Record what `function` submits, which is not computed yet. Raises whatever keeps it from being recorded."""
 
@@ -49,6 +52,17 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
         self._alive: weakref.WeakSet[_CudaRecording] = weakref.WeakSet()
         self._last = self._stream  # that of the last replay
+
+    def make_room(self) -> None:
+        """A recording keeps what a step needs at most; as much must be left for steps that run without it."""
+        torch.cuda.empty_cache()  # nothing can be given back while something is recorded
+        step_bytes = torch.cuda.max_memory_allocated(self._device) - torch.cuda.memory_allocated(self._device)
+        free_bytes = torch.cuda.mem_get_info(self._device)[0]
+        if free_bytes < 2 * step_bytes:
+            needed, free = step_bytes >> 20, free_bytes >> 20
+            raise torch.OutOfMemoryError(
+                f"a recording and a step beside it take {needed} MiB each, {free} MiB are free"
+            )
 
     def record(self, function: Function) -> Recording:
         """Other threads go on meanwhile: only what this one does must be fit for a graph."""
@@ -118,6 +132,9 @@ class Repeater:
     """A CPU has no graphs: a replay calls the function again. Everything around a recording is the same."""
 
     era = 0
+
+    def make_room(self) -> None:
+        """There is no pool."""
 
     def record(self, function: Function) -> Recording:
         """Nothing is computed yet."""

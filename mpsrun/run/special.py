@@ -100,7 +100,8 @@ class Planner:
         plan = None
         if not self._options.forced:
             workers = [link.index for link in owner.links] if owner is not None else []
-            plan = plans.pinned(plans.fingerprint(key), self._regions, len(workers), self.has_streams)
+            name = plans.fingerprint(key)
+            plan = plans.pinned(name, self._regions, len(workers), self.has_streams, self.captures)
         if plan is not None:
             gone = frozenset(workers) - {*usable}
             special.candidates = (Candidate("pinned", plan.without(gone), 0.0),)

@@ -197,6 +197,15 @@ def test_a_backward_that_cannot_be_captured(
     assert len(calls) == 2
 
 
+def test_no_room_beside_a_recording(
+    daemon: None, made: list[Captured], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device=None: (0, 80 << 30))
+    losses(on_captured(Three(64).to("cuda")), 4)
+    assert made[0].replays == 0
+    assert "a recording and a step beside it" in capfd.readouterr().err
+
+
 def test_memory_stays_flat(daemon: None, made: list[Captured]) -> None:
     fast = on_captured(Three(64).to("cuda"))
     losses(fast, 10)
