@@ -13,5 +13,9 @@ class WorkerError(MpsrunError, RuntimeError):
     """A worker raised, was killed or did not answer in time; the text has its traceback if there is one."""
 
 
+class MemoryGone(MpsrunError):
+    """Memory that another process has shared is not there any more: its owner has freed it since."""
+
+
 class NotShippable(MpsrunError):
     """A branch cannot be written as data and stays in the lead; the text is the reason in words."""

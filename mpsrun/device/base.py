@@ -85,7 +85,7 @@ class Device(Protocol):
         """A fresh, zeroed chunk, readable and writable by every process that maps its handle."""
 
     def open_chunk(self, handle: ChunkHandle) -> Chunk:
-        """Map a chunk which another process owns."""
+        """Map a chunk which another process owns. Raises `MemoryGone` where that has freed it since."""
 
     def close_chunk(self, chunk: Chunk) -> None:
         """Unmap (or, for the owner, free) a chunk. No tensor on it may be used afterwards."""

@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from mpsrun.device.base import COUNTER_STRIDE_BYTES, MAX_COUNTERS, Chunk, ChunkHandle, TensorRef, dtype_name
 from mpsrun.device.futex import Futex
-from mpsrun.errors import MpsrunError, NotShippable
+from mpsrun.errors import MemoryGone, MpsrunError, NotShippable
 
 ALIGN_BYTES = 64
 COUNTER_STRIDE = COUNTER_STRIDE_BYTES // 4  # in words
@@ -199,17 +199,20 @@ class CpuDevice:
 
 
 def open_memfd(path: str, size_bytes: int) -> mmap.mmap:
-    """Map the shared memory of another process, named by /proc/PID/fd/N. Raises `MpsrunError` for anything else."""
+    """Map the shared memory of another process, named by /proc/PID/fd/N.
+
+    Raises `MpsrunError` for any other name, and `MemoryGone` where the name does not stand for such memory any more.
+    """
     if not _DESCRIPTOR.fullmatch(path):
         raise MpsrunError(f"expected the path of a descriptor, /proc/PID/fd/N, found {path!r}")
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        raise MpsrunError(f"expected shared memory at {path}, found none: {error.strerror}") from error
+        raise MemoryGone(f"expected shared memory at {path}, found none: {error.strerror}") from error
     try:
         target, room = str(Path(f"/proc/self/fd/{fd}").readlink()), os.fstat(fd).st_size
         if not target.startswith(_SHARED) or not 0 < size_bytes <= room:
-            raise MpsrunError(f"expected {size_bytes} bytes of shared memory, found {target} of {room} bytes")
+            raise MemoryGone(f"expected {size_bytes} bytes of shared memory, found {target} of {room} bytes")
         return mmap.mmap(fd, size_bytes)
     finally:
         os.close(fd)

@@ -18,7 +18,7 @@ import torch
 from cuda.bindings import driver
 
 from mpsrun.device.base import COUNTER_BYTES, COUNTER_STRIDE_BYTES, Chunk, ChunkHandle, TensorRef, dtype_name
-from mpsrun.errors import MpsrunError, NotShippable
+from mpsrun.errors import MemoryGone, MpsrunError, NotShippable
 
 _WAIT = int(driver.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WAIT_VALUE_32)
 _WRITE = int(driver.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WRITE_VALUE_32)
@@ -92,7 +92,10 @@ class CudaDevice:
         raw = driver.CUipcMemHandle()
         raw.reserved = handle.token
         flags = driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
-        address = _call("cuIpcOpenMemHandle", driver.cuIpcOpenMemHandle(raw, int(flags)))
+        try:
+            address = _call("cuIpcOpenMemHandle", driver.cuIpcOpenMemHandle(raw, int(flags)))
+        except MpsrunError as error:  # the driver has no word of its own for it
+            raise MemoryGone(f"expected memory of another process: {error}") from error
         return Chunk(handle, self._tensor(int(address), handle.size_bytes), int(address))
 
     def close_chunk(self, chunk: Chunk) -> None:

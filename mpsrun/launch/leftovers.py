@@ -24,10 +24,10 @@ def note(run_dir: Path, pid: int) -> None:
         return
     try:
         descriptor = os.open(run_dir / RECORD, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(descriptor, "w") as record:
+            record.write(f"{identity}\n")
     except OSError:  # a full disk must not keep a run from starting; the parent-death signal is there, too
         return
-    with os.fdopen(descriptor, "w") as record:
-        record.write(f"{identity}\n")
 
 
 def end_processes(run_dir: Path) -> None:

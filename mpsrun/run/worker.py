@@ -12,7 +12,7 @@ import torch
 from mpsrun import config
 from mpsrun.config import REPORTED
 from mpsrun.device import Chunk, ChunkHandle, Device, open_device, typed_view
-from mpsrun.errors import MpsrunError
+from mpsrun.errors import MemoryGone, MpsrunError
 from mpsrun.graph.program import validate
 from mpsrun.launch.error_file import leave_error
 from mpsrun.run.executor import Executor
@@ -121,7 +121,7 @@ class Worker:
         """Map memory, unless it is gone again: the lead, which is ahead, may have dropped the network since."""
         try:
             self._map(handle)
-        except MpsrunError as error:
+        except MemoryGone as error:
             self._gone[handle.id] = str(error)
 
     def _unmap(self, chunks: list[int]) -> None:

@@ -50,7 +50,7 @@ WRONG = [
     (["--workers", "x", "t.py"], "found 'x'"),
     (["--workers", "-1", "t.py"], "found '-1'"),
     (["--workers", "65", "t.py"], "found '65'"),
-    (["--lanes", "all", "t.py"], "auto|serial|streams|workers"),
+    (["--lanes", "all", "t.py"], "auto|serial|streams|captured|workers"),
     (["--mps=maybe", "t.py"], "auto|on|off"),
     (["--capture", "on", "t.py"], "auto|off"),
     (["--timeout", "0", "t.py"], "above 0"),

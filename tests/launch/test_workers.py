@@ -69,7 +69,9 @@ def test_what_a_worker_has_told_the_lead_is_not_told_again(monkeypatch: pytest.M
 
 def test_each_process_that_fails_is_a_failure_of_its_own(monkeypatch: pytest.MonkeyPatch, settings: Config) -> None:
     """One that raised, one that crashed, and one that has said why it ends but is still there; each is noted once."""
-    launched = Launched(monkeypatch, f"raise SystemExit({REPORTED})", "import os; os.abort()", "input()")
+    launched = Launched(
+        monkeypatch, f"raise SystemExit({REPORTED})", "import os; os.abort()", "import time; time.sleep(60)"
+    )
     leave_error(settings.error_file("worker 1"), ValueError("of the first"))
     worker = Worker(settings, 1, launched.told.append)
     launched.run(worker, lambda: len(launched.processes) == 3)
