@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -52,6 +53,7 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
         self._alive: weakref.WeakSet[_CudaRecording] = weakref.WeakSet()
         self._last = self._stream  # that of the last replay
+        self._lock = threading.Lock()  # a script may train in several threads
 
     def make_room(self) -> None:
         """A recording keeps what a step needs at most; as much must be left for steps that run without it."""
@@ -69,7 +71,7 @@ class CudaRecorder:
         if not self._alive:  # a pool ends with its last graph
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with _uncollected(), torch.cuda.device(self._device), torch.cuda.stream(self._stream), self._cleaning_up():
+        with self._lock, _uncollected(), self._on_stream(), self._cleaning_up():
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 results = function()
@@ -82,6 +84,11 @@ class CudaRecorder:
         recording = _CudaRecording(self, graph, results)
         self._alive.add(recording)
         return recording
+
+    @contextlib.contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            yield
 
     @contextlib.contextmanager
     def _cleaning_up(self) -> Iterator[None]:
@@ -113,10 +120,11 @@ class CudaRecorder:
     def replay(self, graph: torch.cuda.CUDAGraph) -> None:
         """Submit a graph to the current stream, behind the last replay of any."""
         stream = torch.cuda.current_stream(self._device)
-        if stream != self._last:
-            stream.wait_stream(self._last)
-            self._last = stream
-        graph.replay()
+        with self._lock:
+            if stream != self._last:
+                stream.wait_stream(self._last)
+                self._last = stream
+            graph.replay()
 
 
 class _CudaRecording:
