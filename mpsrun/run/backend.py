@@ -166,9 +166,9 @@ class Graph:
         if variant is None or variant.is_plain:
             return self._gm.forward(*args)
         try:
-            if owner is not None:
+            if owner is not None and variant.strands:
                 owner.enter()
-            variant.binding.follow(args)
+                variant.binding.follow(args)
         except NotShippable as error:  # memory that no worker can see
             log.detail(f"a network runs in the lead: {error}")
             return self._gm.forward(*args)
