@@ -86,8 +86,11 @@ class Coordinator:
         """A call of a graph begins, and no region is under way: take in the workers that were started again."""
         if self._watcher.heirs and not self.closed:
             with self.lock:
-                for heir in list(self._watcher.heirs.values()):
-                    self._take_in(heir)
+                for index in list(self._watcher.heirs):
+                    if self.links[index - 1].lost is not None:
+                        heir = self._watcher.heirs.pop(index, None)
+                        if heir is not None:  # and did not end just now
+                            self._take_in(heir)
 
     def enter(self) -> None:
         """A call of a graph begins: note its thread, and the global settings, which cannot change during it."""
@@ -207,7 +210,8 @@ class Coordinator:
         self._channel.renew(heir.index, self.settings.worker_socket(heir.index, heir.generation))
         former = self.links[heir.index - 1]
         self.links[heir.index - 1] = heir
-        self._watcher.took_in(heir, former)
+        self._watcher.took_in(former)
+        former.is_ended = True
         former.dismiss()
         self._start(heir)
         for chunk in self._arena.chunks.values():

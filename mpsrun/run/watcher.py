@@ -72,10 +72,9 @@ class Watcher:
         self._closing = True
         self._thread.join(self._settings.timeout_s)
 
-    def took_in(self, heir: Link, former: Link) -> None:
-        """A worker that was started again has its predecessor's place now; what that one owes may still grow."""
+    def took_in(self, former: Link) -> None:
+        """Another process has the place of this one now; what this one owes may still grow."""
         self._former.append(former)
-        self.heirs.pop(heir.index, None)
         self.taken_in += 1
 
     def fail(self, error: Exception) -> None:
@@ -159,7 +158,9 @@ class Watcher:
             raise MpsrunError(f"worker {link.index}: expected another generation than {ready.generation}")
         if link.lost is None and (link.pid is None or link.exited()):
             self._lose(link, "its process ended", None)
-        if link.lost is None or link.is_last or link.index in self.heirs:
+        earlier = self.heirs.get(link.index)
+        expected = earlier is None or (earlier.exited() and earlier.generation < ready.generation)
+        if link.lost is None or link.is_last or not expected:
             raise MpsrunError(f"worker {link.index}: expected nobody in its place, found process {ready.pid}")
         heir = Link(link.index, self._channel, link.done, ready.generation)
         heir.ready(ready)
@@ -204,8 +205,7 @@ class Watcher:
         if heir is None:
             if time.monotonic() - link.lost_s > self._settings.start_s + sum(BACK_OFF_S):
                 self._give_up(link, "no process took its place")
-        elif heir.exited():
-            self.heirs.pop(link.index, None)
+        elif heir.exited() and self.heirs.pop(link.index, None) is heir:  # and was not taken in just now
             heir.dismiss()
             if heir.generation >= self._settings.worker_restarts:
                 self._give_up(link, f"process {heir.pid}, which was to take its place, ended")

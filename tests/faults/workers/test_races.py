@@ -49,6 +49,21 @@ def test_lost_while_it_is_started_again(lively: Coordinator, orders: Orders, pha
 
 
 @pytest.mark.slow
+def test_lost_before_it_is_taken_in(lively: Coordinator) -> None:
+    """The script does something else meanwhile: the second process is there, and gone again, before its next step."""
+    training, generation = trained(lively), lively.links[0].generation
+    kill(lively, 1)
+    pool.wait_until(lambda: 1 in lively._watcher.heirs, BACK_S)
+    heir = lively._watcher.heirs[1]
+    assert heir.pid is not None
+    os.kill(heir.pid, signal.SIGKILL)
+    pool.wait_until(lambda: lively._watcher.heirs.get(1, heir) is not heir, BACK_S)
+    assert lively.links[0].generation == generation
+    training.steps_until(lambda: training.works_in(1, generation + 2), BACK_S)
+    training.assert_undisturbed()
+
+
+@pytest.mark.slow
 def test_both_at_once(lively: Coordinator) -> None:
     training, generations = trained(lively), [link.generation for link in lively.links]
     kill(lively, 1, 2)
