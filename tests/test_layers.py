@@ -12,13 +12,28 @@ ROOT = Path(__file__).parents[1] / "mpsrun"
 
 # What each package may import; errors, log and config are open to all.
 BELOW = {
-    "cli": {"launch", "mps", "report"},
-    "launch": {"run", "mps"},
+    "cli": {"launch", "mps", "report", "daemon", "doctor"},
+    "doctor": {"mps", "monitor", "device", "launch.hardware"},
+    "daemon": {"mps", "monitor"},
+    "launch": {"run", "mps", "monitor"},
     "report": {"run", "plan", "graph"},
-    "run": {"mps", "wire", "device", "plan", "graph", "launch.spawn", "launch.rundir", "launch.ending"},
+    "run": {
+        "mps",
+        "wire",
+        "device",
+        "plan",
+        "graph",
+        "launch.spawn",
+        "launch.rundir",
+        "launch.ending",
+        "monitor.page",
+        "monitor.sample",
+        "monitor.trace",
+    },
     "wire": {"device", "plan", "graph"},
     "device": set[str](),
-    "mps": set[str](),
+    "mps": {"monitor"},
+    "monitor": set[str](),
     "plan": {"graph"},
     "graph": set[str](),
     "config": set[str](),
@@ -26,11 +41,11 @@ BELOW = {
     "errors": set[str](),
 }
 OPEN_TO_ALL = {"config", "log", "errors"}
-ONLY_IN = {"zmq": "wire", "pynvml": "device", "cuda": "device"}
+ONLY_IN = {"zmq": "wire", "pynvml": "monitor", "cuda": "device"}
 NOWHERE = {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
 PURE = ("graph", "plan")
 EFFECTS = {"subprocess", "socket", "multiprocessing", "threading", "signal", "psutil", "ctypes"}
-WITHOUT_TORCH = ("cli", "launch", "mps", "config", "log", "errors")
+WITHOUT_TORCH = ("cli", "launch", "daemon", "monitor", "mps", "config", "log", "errors")
 
 FILES = sorted(ROOT.rglob("*.py"))
 
