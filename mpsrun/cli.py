@@ -18,6 +18,8 @@ HELP = """\
 usage: mpsrun [options] train.py [args...]
        mpsrun [options] -m package.module [args...]
        mpsrun explain [options] train.py [args...]
+       mpsrun daemon run|start|stop|status
+       mpsrun doctor [--json]
 
 Runs a PyTorch training script with the independent branches of its network at the same time on one GPU.
 Options before the script are mpsrun's; everything after it is the script's.
@@ -35,6 +37,8 @@ Options before the script are mpsrun's; everything after it is the script's.
   --verify N                   compute the first N steps on lanes plainly, too; stop with status 4 where they differ
   --max-restarts N             start the script again after a failure, N times at most (default 0); it should go on
                                from a checkpoint, see mpsrun.Checkpointer
+  --adapt auto|off             change the plan when other load, heat or missing memory make another one faster
+  --trace FILE                 append what was sampled of the GPU, every step and every decision, as JSON lines
   --strict                     raise a worker's error in the script instead of computing its branch there
   --verbose                    say what was found, refused and why
   --version, --help
@@ -44,6 +48,9 @@ plan. What the script writes to stdout goes to stderr. A script of this name run
 
   --json                       as one JSON object instead of a tree
   --steps N                    stop the script after N steps of its optimizers (default 120)
+
+`mpsrun daemon` owns a CUDA MPS daemon which all runs of a user share: see mpsrun daemon --help. `mpsrun doctor` checks
+what mpsrun needs on this machine, and says how to fix what is missing; exit status 1 where something fails.
 """
 
 
@@ -51,6 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status, 2 for wrong use."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
+        if words[:1] == ["daemon"]:
+            from mpsrun.daemon import commands
+
+            return commands.main(words[1:])
+        if words[:1] == ["doctor"]:
+            from mpsrun.doctor import command
+
+            return command.main(words[1:])
         if _asks_for(words, "--version"):
             print(f"mpsrun {__version__}")
             return 0
@@ -247,6 +262,8 @@ _OPTIONS: dict[str, Callable[[str, str], Any] | None] = {
     "verify": _count,
     "steps": _count,
     "max_restarts": _whole,
+    "adapt": _choice("auto", "off"),
+    "trace": _path_of_a_file,
     "json": None,
     "strict": None,
     "verbose": None,

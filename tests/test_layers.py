@@ -13,14 +13,27 @@ ROOT = Path(__file__).parents[1] / "mpsrun"
 OF_LAUNCH = ("rundir", "workers", "error_file", "pulse")
 # What each package may import; errors, log and config are open to all.
 BELOW = {
-    "cli": {"launch", "mps", "report"},
-    "launch": {"run", "mps"},
+    "cli": {"launch", "mps", "report", "daemon", "doctor"},
+    "doctor": {"mps", "monitor", "device", "launch.hardware"},
+    "daemon": {"mps", "monitor"},
+    "launch": {"run", "mps", "monitor"},
     "report": {"run", "plan", "graph"},
-    "run": {"mps", "wire", "device", "plan", "graph", *(f"launch.{name}" for name in OF_LAUNCH)},
+    "run": {
+        "mps",
+        "wire",
+        "device",
+        "plan",
+        "graph",
+        "monitor.page",
+        "monitor.sample",
+        "monitor.trace",
+        *(f"launch.{name}" for name in OF_LAUNCH),
+    },
     "wire": {"device", "plan", "graph"},
     "checkpointer": set[str](),
     "device": set[str](),
-    "mps": set[str](),
+    "mps": {"monitor"},
+    "monitor": set[str](),
     "plan": {"graph"},
     "graph": set[str](),
     "config": set[str](),
@@ -28,11 +41,11 @@ BELOW = {
     "errors": set[str](),
 }
 OPEN_TO_ALL = {"config", "log", "errors"}
-ONLY_IN = {"zmq": "wire", "pynvml": "device", "cuda": "device"}
+ONLY_IN = {"zmq": "wire", "pynvml": "monitor", "cuda": "device"}
 NOWHERE = {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
 PURE = ("graph", "plan")
 EFFECTS = {"subprocess", "socket", "multiprocessing", "threading", "signal", "psutil", "ctypes"}
-WITHOUT_TORCH = ("cli", "launch", "mps", "config", "log", "errors")
+WITHOUT_TORCH = ("cli", "launch", "daemon", "monitor", "mps", "config", "log", "errors")
 
 FILES = sorted(ROOT.rglob("*.py"))
 

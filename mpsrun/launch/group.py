@@ -11,12 +11,12 @@ from mpsrun.config import Config
 from mpsrun.launch import pulse, signals
 from mpsrun.launch.ending import end
 from mpsrun.launch.failures import Failure, failure
-from mpsrun.launch.identity import stat_fields
 from mpsrun.launch.keeper import Keeper
 from mpsrun.launch.spawn import spawn_lead
 from mpsrun.launch.target import Target
 from mpsrun.launch.workers import Worker, look_at, workers_of
 from mpsrun.log import say
+from mpsrun.mps.identity import stat_fields
 from mpsrun.mps.service import Service
 
 INTERRUPT_S = 5.0  # what a lead has after a Ctrl-C to get back to Python; to end it takes up to five more

@@ -1,4 +1,4 @@
-"""Which process is meant: a pid is given out again, a pid with the time of its start is not."""
+"""Ends exactly the processes that are meant, whoever's children they are."""
 
 import contextlib
 import os
@@ -6,56 +6,8 @@ import select
 import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-_BOOT = Path("/proc/sys/kernel/random/boot_id")
-_STARTED = 19  # the field of /proc/PID/stat (proc_pid_stat(5): 22), counted from the one after the name
-
-
-@dataclass(frozen=True)
-class Identity:
-    """A process for all times: `started` counts clock ticks since `boot`, which no change of the clock moves."""
-
-    pid: int
-    started: int
-    boot: str
-
-    def __str__(self) -> str:
-        return f"{self.pid} {self.started} {self.boot}"
-
-    @classmethod
-    def parse(cls, text: str) -> "Identity":
-        """Read what `str` wrote; ValueError for anything else."""
-        pid, started, boot = text.split()
-        return cls(int(pid), int(started), boot)
-
-    @classmethod
-    def of(cls, pid: int) -> "Identity | None":
-        """Return who has this pid now; None where nobody has it, or only a zombie."""
-        fields = stat_fields(pid)
-        if not fields or fields[0] in "ZX":
-            return None
-        return cls(pid, int(fields[_STARTED]), _BOOT.read_text().strip())
-
-    def open(self) -> int | None:
-        """Return a descriptor of the process (pidfd), for the caller to close; None where it has ended."""
-        try:
-            descriptor = os.pidfd_open(self.pid)
-        except (OSError, OverflowError):
-            return None
-        if Identity.of(self.pid) == self:  # compared after the descriptor holds the process
-            return descriptor
-        os.close(descriptor)
-        return None
-
-
-def stat_fields(pid: int) -> list[str]:
-    """Return the fields of /proc/PID/stat after the name in parentheses, the state first; none without it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
+from mpsrun.mps.identity import Identity
 
 
 def kill(processes: Iterable[Identity], timeout_s: float) -> None:

@@ -15,8 +15,8 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mpsrun.launch.identity import Identity
 from mpsrun.launch.leftovers import clear, end_processes, note
+from mpsrun.mps.identity import Identity
 
 LEAD_S = 2.0  # what the launcher has to say that it ends the others, once the lead has ended
 MPS_S = 3.0  # what the guard of a private CUDA MPS has to end it in good order

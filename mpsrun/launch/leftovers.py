@@ -9,8 +9,9 @@ import shutil
 from pathlib import Path
 
 from mpsrun.config import Config
-from mpsrun.launch.identity import Identity, kill
+from mpsrun.launch.identity import kill
 from mpsrun.mps import strays
+from mpsrun.mps.identity import Identity
 
 RECORD = "processes"
 KILL_S = 2.0

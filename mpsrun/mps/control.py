@@ -4,10 +4,15 @@ Commands and answers: https://docs.nvidia.com/deploy/mps/appendix-tools-and-inte
 documented answer counts as success; the program exits with 0 after many failures too.
 """
 
+import contextlib
+import fcntl
 import os
+import re
 import shutil
 import subprocess
 import threading
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +24,7 @@ PIPE_DIRECTORY = "CUDA_MPS_PIPE_DIRECTORY"
 LOG_DIRECTORY = "CUDA_MPS_LOG_DIRECTORY"
 DEFAULT_PIPE_DIR = Path("/tmp/nvidia-mps")  # noqa: S108 - the driver's own choice
 DEADLINE_S = 5.0
+_POLL_S = 0.01
 
 _one_at_a_time = threading.Lock()
 
@@ -50,6 +56,24 @@ class Control:
         """End a client's work on the GPU without harm to the server's other clients. Success is silent."""
         self._silent(f"terminate_client {server_pid} {client_pid}")
 
+    def share_percent(self, server_pid: int) -> float:
+        """Return the percentage of the SMs that clients of a server get."""
+        return self._number(f"get_active_thread_percentage {server_pid}")
+
+    def set_default_share(self, percent: int) -> None:
+        """Give clients of servers to come so much of the SMs; success is that the daemon names it afterwards."""
+        self._set(f"set_default_active_thread_percentage {percent}")
+        found = self._number("get_default_active_thread_percentage")
+        if found != percent:
+            raise ControlError(f"expected a default share of {percent} % after setting it, found {found:g} %")
+
+    def set_default_memory_limit(self, device: int, limit: str) -> None:
+        """Limit the device memory of each client of servers to come, as `8G` or `512M`; checked as above."""
+        self._set(f"set_default_device_pinned_mem_limit {device} {limit}")
+        found = self.send(f"get_default_device_pinned_mem_limit {device}")
+        if _size_bytes(found) != _size_bytes(limit):
+            raise ControlError(f"expected a memory limit of {limit} on device {device}, found {_short(found)}")
+
     def quit(self) -> None:
         """Ask the daemon and its servers to end. Success is silent, and they may still be ending."""
         self._silent("quit")
@@ -67,8 +91,30 @@ class Control:
         program = shutil.which(CONTROL)
         if program is None:
             raise ControlError(f"expected {CONTROL} on PATH, found none; install the NVIDIA driver's compute tools")
-        with _one_at_a_time:
+        with _one_at_a_time, self._turn():
             return self._send(program, command)
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Keep other processes of mpsrun from asking meanwhile: a lock on the pipe directory, which leaves no file.
+
+        Where somebody holds it for longer than a command may take, or it cannot be had, we ask all the same.
+        """
+        try:
+            lock = os.open(self.pipe_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:  # no such directory: the control program says so better
+            yield
+            return
+        deadline = time.monotonic() + self.deadline_s
+        try:
+            while time.monotonic() < deadline:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                time.sleep(_POLL_S)
+            yield
+        finally:
+            os.close(lock)
 
     def _send(self, program: str, command: str) -> str:
         process = subprocess.Popen(
@@ -99,6 +145,19 @@ class Control:
             raise ControlError(f"expected pids in answer to {command!r}, found {_short(' '.join(words))}")
         return [int(word) for word in words]
 
+    def _number(self, command: str) -> float:
+        text = self.send(command)
+        try:
+            return float(text)
+        except ValueError:
+            raise ControlError(f"expected a number in answer to {command!r}, found {_short(text)}") from None
+
+    def _set(self, command: str) -> None:
+        """Send a command whose success is silent or repeats the value, by version of the driver."""
+        text = self.send(command)
+        if text and _size_bytes(text) != _size_bytes(command.rsplit(maxsplit=1)[-1]):
+            raise ControlError(f"expected no answer to {command!r}, found {_short(text)}")
+
     def _silent(self, command: str) -> None:
         if text := self.send(command):
             raise ControlError(f"expected no answer to {command!r}, found {_short(text)}")
@@ -107,6 +166,12 @@ class Control:
 def pipe_dir_in_force() -> Path:
     """Return the pipe directory that CUDA programs started from here use."""
     return Path(os.environ.get(PIPE_DIRECTORY) or DEFAULT_PIPE_DIR)
+
+
+def _size_bytes(text: str) -> float | None:
+    """Return what `8G`, `512M`, `1024` or `50.0` means; None for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text.strip().upper())
+    return float(match[1]) * 1024.0 ** " KMGT".index(match[2] or " ") if match else None
 
 
 def _short(text: str) -> str:

@@ -10,8 +10,10 @@ from pathlib import Path
 from mpsrun.config import Config
 from mpsrun.errors import MpsrunError, UsageError
 from mpsrun.log import say
-from mpsrun.mps.control import CONTROL, LOG_DIRECTORY, PIPE_DIRECTORY, Control, pipe_dir_in_force
+from mpsrun.mps.control import CONTROL, LOG_DIRECTORY, PIPE_DIRECTORY
+from mpsrun.mps.joining import daemon_to_join
 from mpsrun.mps.service import JoinedService, PrivateService, Service
+from mpsrun.mps.surroundings import exclusive_process, jetson, multi_instance, prohibited, wsl
 
 # starts the process that owns a private daemon (see guard.py) with a pipe and a log directory
 StartGuard = Callable[[Path, Path], "subprocess.Popen[bytes]"]
@@ -30,15 +32,23 @@ def cuda_mps(config: Config, has_gpu: bool, no_gpu_reason: str, start_guard: Sta
             _refuse(no_gpu_reason or "serial lanes, which have no use for it")
         yield Service()
     elif config.mps == "off":
+        _warn_of_exclusive_mode()
         # a directory without a daemon, or the driver would connect to one in the default place
         with _environment({PIPE_DIRECTORY: str(config.mps_pipe_dir)}):
             yield Service()
     elif shutil.which(CONTROL) is None:
         _decline(config, f"no {CONTROL} on PATH")
         yield Service()
-    elif Control(pipe_dir_in_force()).is_reachable():
-        _tell(config, f"joined the CUDA MPS daemon in {pipe_dir_in_force()}")
-        yield JoinedService(pipe_dir_in_force())
+    elif obstacle := wsl() or jetson() or prohibited():
+        _decline(config, str(obstacle))
+        yield Service()
+    elif (joined := daemon_to_join()) is not None:
+        _tell(config, f"joined the CUDA MPS daemon in {joined}")
+        with _environment({PIPE_DIRECTORY: str(joined)}):
+            yield JoinedService(joined)
+    elif obstacle := multi_instance():
+        _decline(config, str(obstacle))
+        yield Service()
     else:
         with _private(config, start_guard) as service:
             yield service
@@ -80,6 +90,12 @@ def _decline(config: Config, reason: str) -> None:
     if config.mps == "on":
         _refuse(reason)
     say(f"no CUDA MPS ({reason}): the processes share the GPU by time slices")
+    _warn_of_exclusive_mode()
+
+
+def _warn_of_exclusive_mode() -> None:
+    if obstacle := exclusive_process():
+        say(f"{obstacle}; the workers will be lost")
 
 
 def _refuse(reason: str) -> None:

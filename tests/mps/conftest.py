@@ -26,6 +26,11 @@ def pipe_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
 @pytest.fixture
 def fake_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Put the scripted control program first on PATH."""
+    return put_fake_program(tmp_path, monkeypatch)
+
+
+def put_fake_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put the scripted control program first on PATH, for as long as `monkeypatch` holds."""
     program = tmp_path / "bin" / CONTROL
     program.parent.mkdir()
     source = Path(__file__).with_name("fake_control.py").read_text()

@@ -4,7 +4,7 @@ The daemon (`-f`) listens on a socket in CUDA_MPS_PIPE_DIRECTORY, has one server
 `start_server` on, and tells as clients the pids in the file `clients` there. A server's status is ACTIVE, or what the
 file `status` says. It notes each command in the file `commands` of CUDA_MPS_LOG_DIRECTORY. FAKE_MPS of the client:
 hang, garbage, refuse (status 1 with the driver's text). FAKE_MPS_DAEMON: fails (ends at once), mute (accepts, never
-answers), stubborn (does not end on quit), slow (listens after half a second).
+answers), stubborn (does not end on quit), slow (listens after half a second), forgets (a default share that was set).
 """
 
 import os
@@ -63,6 +63,10 @@ def daemon() -> int:
             return 0
 
 
+def behaves(name: str) -> bool:
+    return os.environ.get("FAKE_MPS_DAEMON") == name
+
+
 def note(command: list[str]) -> None:
     if "CUDA_MPS_LOG_DIRECTORY" in os.environ:
         with (Path(os.environ["CUDA_MPS_LOG_DIRECTORY"]) / "commands").open("a") as file:
@@ -76,6 +80,8 @@ def answer(command: list[str], servers: list["subprocess.Popen[bytes]"]) -> str:
         case ["get_server_status", *_]:
             status = PIPE_DIR / "status"
             return status.read_text() if status.exists() else "ACTIVE"
+        case [name, *_] if "default" in name or name.startswith("get_active"):
+            return answer_about_limits(command)
         case ["get_server_list"]:
             for server in servers:
                 server.poll()
@@ -93,6 +99,24 @@ def answer(command: list[str], servers: list["subprocess.Popen[bytes]"]) -> str:
                 for server in servers:
                     server.kill()
                     server.wait()
+        case _:
+            return "Command failed"
+    return ""
+
+
+def answer_about_limits(command: list[str]) -> str:
+    match command:
+        case ["set_default_active_thread_percentage", percent]:
+            (PIPE_DIR / "share").write_text(f"{float(percent)}")
+            return f"{float(percent)}"
+        case ["get_default_active_thread_percentage"] | ["get_active_thread_percentage", _]:
+            share = PIPE_DIR / "share"
+            return share.read_text() if share.exists() and not behaves("forgets") else "100.0"
+        case ["set_default_device_pinned_mem_limit", device, limit]:
+            (PIPE_DIR / f"limit{device}").write_text(limit)
+        case ["get_default_device_pinned_mem_limit", device]:
+            limit_file = PIPE_DIR / f"limit{device}"
+            return limit_file.read_text() if limit_file.exists() else "0G"
         case _:
             return "Command failed"
     return ""

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mpsrun.launch.identity import Identity
 from mpsrun.launch.leftovers import RECORD
+from mpsrun.mps.identity import Identity
 from tests.launch.conftest import Runner, children
 
 LIMIT_S = 5.0

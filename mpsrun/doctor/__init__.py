@@ -1,0 +1,1 @@
+"""`mpsrun doctor`: whether this machine has what mpsrun needs, and how to fix what is missing."""
