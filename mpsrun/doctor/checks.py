@@ -205,7 +205,7 @@ def _clocks(machine: Machine) -> Check:
 
 def _nvml_check(machine: Machine) -> Check:
     if isinstance(machine.reading, str):
-        return Check("NVML", "warn", machine.reading, "without it plans adapt by step times alone")
+        return Check("NVML", "warn", machine.reading, "without it the daemon's status has no memory")
     missing = [name for name in ("memory_used_mib", "gpu_percent", "slowed_by") if machine.reading[0][name] is None]
     if missing:
         return Check("NVML", "warn", f"it does not tell {', '.join(missing)}", "without that plans adapt by step times")
