@@ -208,7 +208,7 @@ def _nvml_check(machine: Machine) -> Check:
         return Check("NVML", "warn", machine.reading, "without it the daemon's status has no memory")
     missing = [name for name in ("memory_used_mib", "gpu_percent", "slowed_by") if machine.reading[0][name] is None]
     if missing:
-        return Check("NVML", "warn", f"it does not tell {', '.join(missing)}", "without that plans adapt by step times")
+        return Check("NVML", "warn", f"it does not tell {', '.join(missing)}", "the status of a daemon lacks it")
     return Check("NVML", "ok", "tells memory, utilisation and clocks")
 
 

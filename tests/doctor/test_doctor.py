@@ -59,8 +59,8 @@ def test_a_table_for_people(quick: None, capsys: pytest.CaptureFixture[str], fak
         ({"mig": 1}, "MIG", "fail", "sudo nvidia-smi -mig 0"),
         ({"reasons": 0x40}, "clocks", "warn", "see to cooling"),
         ({"has_gpm": False}, "GPM", "warn", "Hopper and later"),
-        ({"denied": {"nvmlDeviceGetUtilizationRates"}}, "NVML", "warn", "without that plans adapt"),
-        ({"fails": True}, "NVML", "warn", "adapt by step times alone"),
+        ({"denied": {"nvmlDeviceGetUtilizationRates"}}, "NVML", "warn", "the status of a daemon lacks it"),
+        ({"fails": True}, "NVML", "warn", "the daemon's status has no memory"),
     ],
 )
 def test_what_nvml_shows(
