@@ -16,6 +16,7 @@ from mpsrun.launch.rundir import private_run_dir
 from mpsrun.launch.spawn import make_log_dir, spawn_guard, spawn_lead, spawn_worker
 from mpsrun.launch.target import Target
 from mpsrun.log import say
+from mpsrun.monitor.sampler import sampling
 from mpsrun.mps.lifecycle import cuda_mps
 
 _GRACE_S = 1.0  # for workers which the lead has told to end
@@ -43,7 +44,7 @@ def supervise(config: Config, target: Target, hardware: Hardware) -> Ending:
         make_log_dir(config)
         start_guard = functools.partial(spawn_guard, parent_pid=os.getpid())
         mps = cuda_mps(config, hardware.kind == "nvidia", hardware.reason, start_guard)
-        with mps, _workers(config) as workers:
+        with mps, sampling(config), _workers(config) as workers:
             if early := signal.sigpending() & signals.ENDING:
                 return Ending(-min(early))
             lead = spawn_lead(config, target, os.getpid(), mask, _shared_cores(config, hardware))

@@ -8,6 +8,7 @@ import contextlib
 import os
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,20 @@ class Sampler:
         self._known = {pid: is_own for pid, is_own in self._known.items() if pid in processes}
         tenants = tuple(Tenant(pid, mib) for pid, mib in sorted(processes.items()) if not self._known[pid])
         return {"own_mib": sum(mib or 0 for pid, mib in processes.items() if self._known[pid]), "tenants": tenants}
+
+
+@contextlib.contextmanager
+def sampling(config: Config) -> Iterator[None]:
+    """Sample while the body runs, once the lead asks for it; where nobody will, do nothing."""
+    if config.lanes == "serial" or (config.adapt == "off" and config.trace is None):
+        yield
+        return
+    sampler = Sampler(config)
+    sampler.start()
+    try:
+        yield
+    finally:
+        sampler.close()
 
 
 def _is_server(pid: int) -> bool:

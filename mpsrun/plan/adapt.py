@@ -51,7 +51,14 @@ class Prepare:
     """Make all candidates ready while the plan stays; then there comes `Prepared`."""
 
 
-Action = tuner.Action | Prepare
+@dataclass(frozen=True)
+class Tell:
+    """Say this line, which has the reason of a trial."""
+
+    line: str
+
+
+Action = tuner.Action | Prepare | Tell
 Actions = tuple[Action, ...]
 Step = tuple["State", Actions]
 
@@ -132,7 +139,9 @@ class State:
 
     @property
     def kept(self) -> frozenset[int]:
-        """The candidates that may be needed at once."""
+        """The candidates that may be needed at once; where memory is short, nothing is kept for later."""
+        if self.under.tight and self.decided is not None:
+            return frozenset({self.decided})
         return frozenset(index for index in (self.home, self.decided) if index is not None)
 
 
@@ -283,7 +292,7 @@ def _try(state: State) -> Step:
     """Have the candidates take turns again."""
     before = state.decided
     tuning, actions = tuner.again(state.tuning)
-    said = tuner.Log(f"{state.why}: tries {len(tuning.contenders)} plans again")
+    said = Tell(f"{state.why}: tries {len(tuning.contenders)} plans again")
     state, done = _follow(replace(state, before=before), tuning, actions)
     return state, (said, *done)
 

@@ -29,6 +29,10 @@ class StepClock:
             self._open.append((*self._last, now))
         self._last = candidate, now
 
+    def interrupt(self) -> None:
+        """The step that is under way is not to be timed, nor is what comes before the next start."""
+        self._last = None
+
     def periods(self) -> list[Period]:
         """The steps that have ended and were not told before."""
         found = []

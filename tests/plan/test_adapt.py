@@ -53,7 +53,7 @@ class Simulation:
                     if not self.forced:
                         self.changes.append((begin, self.now_s))
                     self.trying_since = None
-                case tuner.Log():
+                case tuner.Log() | adapt.Tell():
                     self.lines.append((self.now_s, action.line))
 
     def feed(self, event: adapt.Event) -> None:
