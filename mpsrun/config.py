@@ -24,6 +24,7 @@ REPORTED = 70  # exit status of a worker that told the lead why it ends (EX_SOFT
 Lanes = Literal["auto", "serial", "streams", "captured", "workers"]
 Switch = Literal["auto", "on", "off"]
 Capture = Literal["auto", "off"]
+Adapt = Literal["auto", "off"]
 Explain = Literal["", "text", "json"]
 
 
@@ -36,6 +37,7 @@ class Config:
     save_plan: files to read plans from and to write them to.
     explain: the form in which the networks are explained, if at all; steps: after which the script is stopped then.
     max_restarts: how often the script is started again after a failure.
+    adapt: whether plans change when the load of the GPU does. trace: file that takes what was sampled and decided.
     run_dir: the private directory of this run, None before the launcher made it and where there is no launcher.
     """
 
@@ -54,6 +56,8 @@ class Config:
     explain: Explain = ""
     steps: int = 120
     max_restarts: int = 0
+    adapt: Adapt = "off"  # until it has been measured on a GPU
+    trace: Path | None = None
     run_dir: Path | None = None
 
     def worker_count(self) -> int:
@@ -114,6 +118,16 @@ class Config:
     def mps_log_dir(self) -> Path:
         """CUDA_MPS_LOG_DIRECTORY of a CUDA MPS daemon private to this run."""
         return self.log_dir if self.log_dir is not None else self._in_run_dir("mps-log")
+
+    @property
+    def watched_gpu(self) -> Path:
+        """File in which the lead names its GPU to the monitor, by UUID, once it has one."""
+        return self._in_run_dir("gpu")
+
+    @property
+    def sample_page(self) -> Path:
+        """File with the monitor's latest sample, which the lead maps."""
+        return self._in_run_dir("sample")
 
     @property
     def plan_cache_dir(self) -> Path:

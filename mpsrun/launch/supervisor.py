@@ -19,6 +19,7 @@ from mpsrun.launch.rundir import clear_for_restart, private_run_dir
 from mpsrun.launch.spawn import make_log_dir, spawn_guard, spawn_keeper
 from mpsrun.launch.target import Target
 from mpsrun.log import say
+from mpsrun.monitor.sampler import sampling
 from mpsrun.mps.lifecycle import cuda_mps
 from mpsrun.mps.service import Service
 
@@ -45,7 +46,7 @@ def supervise(config: Config, target: Target, hardware: Hardware) -> Ending:
         config = replace(config, run_dir=run_dir)
         make_log_dir(config)
         start_guard = functools.partial(spawn_guard, parent_pid=os.getpid())
-        with cuda_mps(config, hardware.kind == "nvidia", hardware.reason, start_guard) as mps:
+        with cuda_mps(config, hardware.kind == "nvidia", hardware.reason, start_guard) as mps, sampling(config):
             start = functools.partial(run_group, config, target, mps, keeper, mask)
             extra = _shared_cores(config, hardware)
             outcome = start(extra | environment(0, config.max_restarts))

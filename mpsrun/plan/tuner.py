@@ -151,6 +151,14 @@ def settled(candidates: Sequence[Candidate], chosen: int | None) -> State:
     return State(tuple(candidates), (serial[0], *others), ((),) * len(candidates), decided=chosen)
 
 
+def again(state: State) -> tuple[State, Actions]:
+    """Tune anew, without the candidates that can no longer run."""
+    able = tuple(index for index in range(len(state.candidates)) if index not in state.out | {state.serial})
+    empty: tuple[tuple[float, ...], ...] = ((),) * len(state.candidates)
+    anew = State(state.candidates, (state.serial, *able), empty, out=state.out)
+    return _next_round(anew) if able else _decide(anew)
+
+
 def advance(state: State, event: Event) -> tuple[State, Actions]:
     """What an event makes of the state, and what is to be done."""
     return _HANDLERS[state.phase, type(event)](state, event)

@@ -17,6 +17,7 @@ from mpsrun.plan.plan import Declined, plan_region
 from mpsrun.run import plans, report, session
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.examine import Analysis
+from mpsrun.run.eyes import eyes
 from mpsrun.run.observe import Observer, must_be_plain, needed_nodes
 from mpsrun.run.options import Options
 from mpsrun.run.overlaps import Overlaps
@@ -135,6 +136,8 @@ class Graph:
             if not self._planner.has_streams:
                 return
             report.tell_at_exit()
+        if config.current().trace is not None:
+            eyes(self._kind)  # also where nothing is tuned
         self._maker = Maker(
             self._gm, self._effects, self._regions, self._coordinator, self._planner.subject, self.summary
         )
@@ -196,6 +199,8 @@ class Graph:
             if not tuning.is_decided and not self._may_tune(maker, special, tuning, args):
                 tuning.pause()
                 return None
+            if tuning.wants_candidates and self._may_tune(maker, special, tuning, args):
+                tuning.prepared()
             chosen = tuning.step(Graph.entered, self._lost())
         if special.candidates[chosen].plan.is_serial:
             return None

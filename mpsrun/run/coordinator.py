@@ -143,6 +143,15 @@ class Coordinator:
         """Layouts and jobs, by link, that will not be used again. Safe in a finalizer: it only appends."""
         self._forgotten.extend(parts)
 
+    def trim(self) -> None:
+        """Give back the GPU memory that lead and workers keep for later use: others have none."""
+        with self.lock:
+            self._tidy()
+            for link in self.links:
+                link.send(m.Trim())
+        if self.device.kind == "cuda":
+            torch.cuda.empty_cache()
+
     def submit(
         self, crossing: Crossing, links: Sequence[Link], message: m.Forward | m.Backward, forward: Handed
     ) -> None:

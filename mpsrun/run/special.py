@@ -136,8 +136,11 @@ class Planner:
         def decided(chosen: int) -> None:
             self._summary.undecided.discard(special.description)
             self._chosen(special, chosen)
-            if owner is None or owner.epoch == epoch:  # what a lost worker left to choose from is not for other runs
+            # what a lost worker left to choose from, and what a load made of it, is not for other runs
+            if tuning.is_home and (owner is None or owner.epoch == epoch):
                 self._cache(special, chosen)
+            if tuning.is_short_of_memory and owner is not None:
+                owner.trim()
 
         tuning = Tuning(special.description, special.candidates, self._kind, decided)
         known = [i for i, c in enumerate(special.candidates) if entry is not None and str(c.plan) == entry.plan]
@@ -151,10 +154,12 @@ class Planner:
 
     def _chosen(self, special: Special, chosen: int) -> None:
         plan = special.candidates[chosen].plan
-        special.variants = {i: variant for i, variant in special.variants.items() if i == chosen}
+        kept = {chosen} | (special.tuning.kept if special.tuning is not None else frozenset())
+        special.variants = {i: variant for i, variant in special.variants.items() if i in kept}
         self._uses_lanes = self._uses_lanes or not plan.is_serial
         self._summary.plain = not self._uses_lanes
-        plans.keep(plans.fingerprint(special.key), special.description, plan)
+        if special.tuning is None or special.tuning.is_home:
+            plans.keep(plans.fingerprint(special.key), special.description, plan)
 
     def _cache(self, special: Special, chosen: int) -> None:
         candidate = special.candidates[chosen]

@@ -1,4 +1,4 @@
-"""Tuning at its edge: steps are timed, candidates take turns, and the decision is told."""
+"""Tuning and adaptation at their edge: steps are timed, candidates take turns, and decisions are told."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import threading
 from collections.abc import Callable, Sequence
 
 from mpsrun import log
-from mpsrun.plan import tuner
+from mpsrun.plan import adapt, tuner
 from mpsrun.plan.candidates import Candidate
+from mpsrun.run.eyes import eyes
 from mpsrun.run.stepclock import StepClock
 
 # A network that tunes and was not called for so many calls of others lets another one tune.
@@ -18,7 +19,7 @@ _tuning: Tuning | None = None  # one at a time: two would measure each other
 
 
 class Tuning:
-    """Which candidate each call of a graph runs under, until one is decided on.
+    """Which candidate each call of a graph runs under: until one is decided on, and when that is no longer the best.
 
     decided: called with the candidate's index when that is known, and again where it had to change.
     """
@@ -28,10 +29,14 @@ class Tuning:
         self._name = name
         self._decided = decided
         self._clock = StepClock(kind)
-        self._state: tuner.State | None = None
+        self._eyes = eyes(kind)
+        self._seen = 0  # samples
+        self._state: adapt.State | None = None
         self._lost: set[int] = set()
         self._short: set[int] = set()  # candidates that had no memory
         self._last_call = 0
+        self._last_step = 0
+        self._gap = 0
 
     @property
     def is_decided(self) -> bool:
@@ -43,13 +48,32 @@ class Tuning:
         return self._state.decided if self._state is not None else None
 
     @property
+    def is_home(self) -> bool:
+        """Whether that is the best without the loads of others, and not only for the time being."""
+        return self._state is not None and self._state.decided == self._state.home
+
+    @property
+    def kept(self) -> frozenset[int]:
+        """The candidates that should stay ready."""
+        return self._state.kept if self._state is not None else frozenset()
+
+    @property
+    def wants_candidates(self) -> bool:
+        """Whether all of them are to be made ready for another trial, while steps go on; `prepared` says they are."""
+        return self._state is not None and self._state.is_preparing
+
+    @property
+    def is_short_of_memory(self) -> bool:
+        return self._state is not None and self._state.under.tight
+
+    @property
     def medians_us(self) -> dict[str, float]:
         """By candidate, the median step of those that were timed."""
-        return tuner.medians_us(self._state) if self._state is not None else {}
+        return adapt.medians_us(self._state) if self._state is not None else {}
 
     def settle(self, chosen: int) -> None:
         """Start with what was decided in an earlier run."""
-        self._state = tuner.settled(self.candidates, chosen)
+        self._state = adapt.settled(self.candidates, chosen)
 
     def may_start(self, calls: int) -> bool:
         """Whether it is this one's turn; `calls` counts the calls of all graphs."""
@@ -59,6 +83,10 @@ class Tuning:
                 _tuning = self
             self._last_call = calls
             return _tuning is self
+
+    def prepared(self) -> None:
+        """All candidates can run."""
+        self._advance(adapt.Prepared())
 
     def pause(self) -> None:
         """The call that begins now runs plain; what it and the one before it take is not compared."""
@@ -74,7 +102,7 @@ class Tuning:
 
     def _start(self) -> None:
         if self._state is None:
-            self._state, actions = tuner.start(self.candidates)
+            self._state, actions = adapt.start(self.candidates)
             self._act(actions)
 
     def step(self, calls: int, lost: Sequence[int]) -> int:
@@ -85,23 +113,48 @@ class Tuning:
         for worker in [worker for worker in lost if worker not in self._lost]:
             self._lost.add(worker)
             self._advance(tuner.WorkerLost(worker))
-        if not self.is_decided:
-            for candidate, us in self._clock.periods():
-                self._advance(tuner.StepTimed(candidate, us))
+        if self.is_decided:
+            self._compare_alike(calls)
+        if not self.is_decided or self._is_watching:
+            self._look()
         current = self._state.current
-        if not self.is_decided:
+        if not self.is_decided or self._is_watching:
             self._clock.start(current)
         return current
 
-    def _advance(self, event: tuner.Event) -> None:
+    @property
+    def _is_watching(self) -> bool:
+        return self._eyes.adapts or self._eyes.is_tracing
+
+    def _look(self) -> None:
+        """Take in the steps that have ended, and what the monitor saw."""
+        for candidate, us in self._clock.periods():
+            self._eyes.stepped(self._name, self.candidates[candidate].name, us)
+            self._advance(tuner.StepTimed(candidate, us))
+        if self._eyes.adapts:
+            now, self._seen = self._eyes.now(self._seen)
+            self._advance(now)
+
+    def _compare_alike(self, calls: int) -> None:
+        """Time only steps with as many calls of other networks as the one before: between others is an evaluation."""
+        gap, self._last_step = calls - self._last_step, calls
+        if gap != self._gap:
+            self._gap = gap
+            self._clock.interrupt()
+
+    def _advance(self, event: adapt.Event) -> None:
         assert self._state is not None, "events come after the start"
-        self._state, actions = tuner.advance(self._state, event)
+        self._state, actions = adapt.advance(self._state, event)
         self._act(actions)
 
-    def _act(self, actions: tuner.Actions) -> None:
+    def _act(self, actions: adapt.Actions) -> None:
         for action in actions:
-            if isinstance(action, tuner.Decided):
-                log.say(f"{self._name}: {action.reason}")
-                self._decided(action.candidate)
-            elif isinstance(action, tuner.Log):
-                log.detail(f"{self._name}: {action.line}")
+            match action:
+                case tuner.Decided():
+                    log.say(f"{self._name}: {action.reason}")
+                    self._eyes.decided(self._name, self.candidates[action.candidate].name, action.reason)
+                    self._decided(action.candidate)
+                case adapt.Tell():
+                    log.say(f"{self._name}: {action.line}")
+                case tuner.Log():
+                    log.detail(f"{self._name}: {action.line}")

@@ -61,9 +61,7 @@ class Worker:
 
     def _handle(self, message: m.ToWorker) -> None:
         match message:
-            case m.Forward():
-                self._step(message)
-            case m.Backward():
+            case m.Forward() | m.Backward():
                 self._step(message)
             case m.Drop():
                 self._given_up.difference_update(message.invocations)
@@ -81,6 +79,8 @@ class Worker:
                 self._prepare(message)
             case m.Forget():
                 self.executor.forget(message.layouts, message.jobs)
+            case m.Trim():
+                torch.cuda.empty_cache()  # does nothing without CUDA
             case m.Count():
                 self.channel.send(self._counts())
             case m.Start():

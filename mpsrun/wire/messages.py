@@ -157,6 +157,10 @@ class Drop(msgspec.Struct, frozen=True, tag=True):
     invocations: list[int]
 
 
+class Trim(msgspec.Struct, frozen=True, tag=True):
+    """Give back the memory that is kept for later use."""
+
+
 class Count(msgspec.Struct, frozen=True, tag=True):
     """Ask for `Counts`."""
 
@@ -166,7 +170,7 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
 
 
 ToWorker = (
-    Start | Map | Unmap | Load | Bind | Prepare | Forget | Forward | Backward | Drop | Count | Stop
+    Start | Map | Unmap | Load | Bind | Prepare | Forget | Forward | Backward | Drop | Trim | Count | Stop
 )  # fmt: skip
 
 

@@ -1,0 +1,196 @@
+"""Plans that follow the load in real training steps on CPU workers, with samples and step times of the test's own."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pool
+import pytest
+import torch
+from test_choosing import Timed, both, train, tuned, until_decided  # noqa: F401 - `tuned` is a fixture
+
+from mpsrun import config, log
+from mpsrun.monitor import trace
+from mpsrun.monitor.page import Writer
+from mpsrun.monitor.sample import Sample, Tenant
+from mpsrun.plan import adapt
+from mpsrun.run import eyes as eyes_module
+from mpsrun.run import plans
+from mpsrun.run.coordinator import Coordinator
+
+ROOT = Path(__file__).parents[1]
+MOST_STEPS = 400
+QUIET = Sample(0.0, memory_used_mib=4000, memory_total_mib=80_000, tenants=(), slowed_by=(), sm_percent=50.0)
+
+
+class Load:
+    """A stand-in for the monitor: it writes the page, and its clock runs 0.1 s a step."""
+
+    def __init__(self, page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sample = QUIET
+        self.now_s = 1000.0
+        self._writer = Writer(page)
+        monkeypatch.setattr(eyes_module.time, "monotonic", self._tick)
+
+    def _tick(self) -> float:
+        self.now_s += 0.1
+        self._writer.write(with_(self.sample, at_s=self.now_s))
+        return self.now_s
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def with_(sample: Sample, **changes: object) -> Sample:
+    return msgspec.structs.replace(sample, **changes)
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    lines: list[str] = []
+    monkeypatch.setattr(log, "say", lines.append)
+    return lines
+
+
+@pytest.fixture
+def load(
+    tuned: Coordinator,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> Iterator[Load]:
+    settings = dataclasses.replace(config.current(), adapt="auto", run_dir=tmp_path, trace=tmp_path / "trace.jsonl")
+    monkeypatch.setattr(config, "current", lambda: settings)
+    eyes_module.eyes.cache_clear()
+    made = Load(settings.sample_page, monkeypatch)
+    yield made
+    made.close()
+    eyes_module.eyes.cache_clear()
+
+
+def train_until(sides: tuple, wanted: str, said: list[str]) -> None:
+    """Train until a line says so; plain and adapted never differ."""
+    for _ in range(MOST_STEPS):
+        if any(wanted in line for line in said):
+            return
+        train(sides, 1)
+        pool.settle(pool.current())  # type: ignore[arg-type]
+    raise AssertionError(f"nobody said {wanted!r} within {MOST_STEPS} steps, but {said}")
+
+
+def test_a_tenant_comes_and_goes(load: Load, said: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    clock = Timed(monkeypatch, {"serial": 1000.0, "workers, 3 lanes": 500.0})
+    sides = both()
+    plan, _ = until_decided(sides)
+    cached = [path.read_bytes() for path in (tmp_path / "cache").rglob("*.json")]
+    load.sample = with_(QUIET, tenants=(Tenant(77, 2048),))
+    clock.us = {"serial": 1100.0, "workers, 3 lanes": 3000.0, "workers, 2 lanes": 2500.0}
+    train_until(sides, "another process on the GPU (pid 77, 2048 MiB): tries", said)
+    train_until(sides, "keeps serial: 1.10 ms", said)
+    (kept,) = plans._saved.graphs.values()
+    assert str(kept.plan) == plan, "what a load made of it is not for other runs"
+    assert [path.read_bytes() for path in (tmp_path / "cache").rglob("*.json")] == cached
+    load.sample = QUIET
+    clock.us = {"serial": 1000.0, "workers, 3 lanes": 500.0}
+    train_until(sides, "process 77 left the GPU: back to workers, 3 lanes", said)
+    train(sides, 5)
+    lines = list(trace.read(tmp_path / "trace.jsonl"))
+    decisions = [line.plan for line in lines if isinstance(line, trace.Decided)]
+    assert decisions == ["workers, 3 lanes", "serial", "workers, 3 lanes"]
+    assert any(isinstance(line, trace.Stepped) and line.us > 400 for line in lines)
+
+
+def test_a_memory_hog_never_makes_the_run_fail(load: Load, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    Timed(monkeypatch, {"serial": 1000.0, "workers, 3 lanes": 500.0})
+    sides = both()
+    until_decided(sides)
+    load.sample = with_(QUIET, memory_used_mib=79_500)
+    train_until(sides, "memory is short (500 of 80000 MiB free): takes", said)
+    train(sides, 5)
+    load.sample = QUIET
+    train_until(sides, "memory is enough again (76000 of 80000 MiB free): back to workers, 3 lanes", said)
+    train(sides, 10)
+
+
+def test_steps_before_a_trial_run_under_the_old_plan(
+    load: Load, said: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """To make the other candidates ready again costs no plain step."""
+    clock = Timed(monkeypatch, {"serial": 1000.0, "workers, 3 lanes": 500.0})
+    sides = both()
+    until_decided(sides)
+    train(sides, 3)
+    begin = len(clock.names)
+    load.sample = with_(QUIET, slowed_by=("power brake",))
+    train_until(sides, "clocks lowered by power brake: tries", said)
+    assert set(clock.names[begin:]) == {"workers, 3 lanes"}
+
+
+def test_adapt_off_looks_at_nothing(load: Load, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = dataclasses.replace(config.current(), adapt="off", trace=None)
+    monkeypatch.setattr(config, "current", lambda: settings)
+    clock = Timed(monkeypatch, {"serial": 1000.0, "workers, 3 lanes": 500.0})
+    sides = both()
+    until_decided(sides)
+    steps = len(clock.names)
+    load.sample = with_(QUIET, tenants=(Tenant(77, 2048),))
+    train(sides, 100)
+    assert len(clock.names) == steps
+    assert not any("tries" in line for line in said)
+
+
+SCRIPT = """
+import torch
+from torch import nn
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+    def forward(self, x):
+        return torch.tanh(self.a(x)) + torch.sigmoid(self.b(x))
+
+model = Two()
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+import time
+for step in range(60):
+    optimizer.zero_grad()
+    model(torch.randn(4, 8)).sum().backward()
+    optimizer.step()
+    time.sleep(0.02)
+"""
+
+
+def test_the_launcher_samples_for_a_script(tmp_path: Path) -> None:
+    """From the command line: the lead names its device, and the launcher's samples are in the trace."""
+    (tmp_path / "train.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "mpsrun", "--lanes", "workers", "--workers", "1", "--trace", "t.jsonl", "train.py"]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    samples = trace.samples(trace.read(tmp_path / "t.jsonl"))
+    assert len(samples) >= 3
+    assert {sample.problem for sample in samples} == {"no GPU"}
+    assert all((sample.host_available_mib or 0) > 0 for sample in samples)
+
+
+def test_a_recorded_trace_is_replayed(tmp_path: Path) -> None:
+    """What the monitor recorded leads to the same decisions again."""
+    path = tmp_path / "trace.jsonl"
+    made = trace.Trace(path)
+    for number in range(200):
+        tenants = (Tenant(9, 512),) if 60 <= number < 120 else ()
+        made.add(trace.Sampled(with_(QUIET, at_s=number * 0.1, tenants=tenants)))
+    made.close()
+    watched, loads = adapt.Watched(), []
+    for sample in trace.samples(trace.read(path)):
+        watched = watched.seen(eyes_module.reading_of(sample), sample.at_s)
+        loads.append(sorted(watched.load.tenants))
+    changes = [number for number in range(1, 200) if loads[number] != loads[number - 1]]
+    assert changes == [70, 150]
+    assert json.loads(path.read_text().splitlines()[60])["sample"]["tenants"] == [[9, 512]]
+    assert torch.get_num_threads() == 1
