@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from captures import noted, on_captured
 from networks import SMALL, Three, why_not_here
 from torch import Tensor, nn
 from transparency import assert_same, moved, trained
@@ -26,22 +27,9 @@ TWICE = "backward through the graph a second time"
 @pytest.fixture(autouse=True)
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Captured]:
     """All captured graphs of a test."""
-    found: list[Captured] = []
-    make = Captured.__init__
-
-    def noted(self: Captured, *args: object) -> None:
-        make(self, *args)
-        found.append(self)
-
-    monkeypatch.setattr(Captured, "__init__", noted)
     torch._dynamo.reset()
     report.graphs.clear()
-    return found
-
-
-def on_captured(model: nn.Module) -> nn.Module:
-    model.compile(backend=backend.mpsrun, options={"lanes": "captured"})
-    return model
+    return noted(monkeypatch)
 
 
 class Pair:

@@ -5,54 +5,26 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from captures import noted, on_captured
 from networks import SMALL, Three, why_not_here
 from torch import Tensor, nn
 from transparency import assert_same, moved, trained
 
 from mpsrun.run import report
-from mpsrun.run.backend import mpsrun
 from mpsrun.run.captured import Captured
 from mpsrun.run.recorder import CudaRecorder
 from mpsrun.run.streams import CudaSides
 
 pytestmark = pytest.mark.gpu
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
-LONG = 20_000_000  # cycles of the GPU: some 10 ms
 
 
 @pytest.fixture(autouse=True)
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Captured]:
     """All captured graphs of a test."""
-    found: list[Captured] = []
-    make = Captured.__init__
-
-    def noted(self: Captured, *args: object) -> None:
-        make(self, *args)
-        found.append(self)
-
-    monkeypatch.setattr(Captured, "__init__", noted)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     report.graphs.clear()
-    return found
-
-
-def on_captured(model: nn.Module) -> nn.Module:
-    model.compile(backend=mpsrun, options={"lanes": "captured"})
-    return model
-
-
-@pytest.fixture(params=["as it is", "slow sides"])
-def sides(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Side streams that start late, in every replay, would show a main stream that does not wait."""
-    use = CudaSides.use
-
-    def late(self: CudaSides, lane: int) -> None:
-        use(self, lane)
-        if lane:
-            torch.cuda._sleep(LONG)
-
-    if request.param == "slow sides":
-        monkeypatch.setattr(CudaSides, "use", late)
+    return noted(monkeypatch)
 
 
 @pytest.mark.parametrize("name", [name for name, case in SMALL.items() if case.regions])

@@ -11,10 +11,8 @@ from transparency import assert_same, trained
 
 from mpsrun.run import report
 from mpsrun.run.backend import mpsrun
-from mpsrun.run.streams import CudaSides
 
 pytestmark = pytest.mark.gpu
-LONG = 20_000_000  # cycles of the GPU: some 10 ms
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 
 
@@ -33,20 +31,6 @@ def moved(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     return value.to("cuda", torch.float64) if value.is_floating_point() else value.to("cuda")
-
-
-@pytest.fixture(params=["as it is", "slow sides"])
-def sides(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Side streams that start late would show a main stream that does not wait."""
-    use = CudaSides.use
-
-    def late(self: CudaSides, lane: int) -> None:
-        use(self, lane)
-        if lane:
-            torch.cuda._sleep(LONG)
-
-    if request.param == "slow sides":
-        monkeypatch.setattr(CudaSides, "use", late)
 
 
 @pytest.mark.parametrize("name", [name for name, case in SMALL.items() if case.regions])
