@@ -166,7 +166,7 @@ def advance(state: State, event: Event) -> Step:
             if state.changed_s is None:
                 state = replace(state, changed_s=event.now_s)
             if event.reading is not None:
-                state = replace(state, watched=state.watched.seen(event.reading, event.now_s))
+                state = _see(state, event.reading)
             return _consider(state) if state.decided is not None else (state, ())
         case Prepared():
             return _try(state) if state.is_preparing and state.decided is not None else (state, ())
@@ -176,6 +176,14 @@ def advance(state: State, event: Event) -> Step:
             return state, ()
         case _:
             return _follow(state, *tuner.advance(state.tuning, event))
+
+
+def _see(state: State, reading: Reading) -> State:
+    """Take in a reading. The first one may come only after the plan was chosen, under just that load."""
+    watched = state.watched.seen(reading, state.now_s)
+    if state.watched.is_new and state.before is None and state.tuning.steps:
+        state = replace(state, under=watched.load, home_load=watched.load)
+    return replace(state, watched=watched)
 
 
 def _follow(state: State, tuning: tuner.State, actions: tuner.Actions) -> Step:

@@ -88,6 +88,8 @@ def test_a_sample_has_everything(fake_nvml: FakeNvml, config: Config, child: "su
         ({"unsupported": {"nvmlDeviceGetPowerUsage"}}, ["power_w"], ""),
         ({"denied": {"nvmlDeviceGetComputeRunningProcesses"}}, ["tenants", "own_mib"], ""),
         ({"unsupported": {"nvmlDeviceGetMPSComputeRunningProcesses"}, "processes": {1: 3}}, [], ""),
+        ({"unsupported": {"nvmlDeviceGetCurrentClocksEventReasons"}}, [], ""),
+        ({"gpm_stutters": True}, [], ""),
         ({"fails": True}, ["memory_used_mib", "gpu_percent"], "NVML: 9"),
         ({"uuid": "GPU-00000000-0000-0000-0000-000000000000"}, ["memory_used_mib"], "NVML knows no GPU GPU-1"),
     ],
@@ -106,6 +108,7 @@ def test_what_is_missing_is_left_out_and_told(
     assert problem in sample.problem
     assert bool(sample.problem) == bool(problem)
     assert sample.cpu_percent is not None
+    assert sample.slowed_by == () or not sample.has_gpu
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,9 @@
 The daemon (`-f`) listens on a socket in CUDA_MPS_PIPE_DIRECTORY, has one server (a sleeping child) from
 `start_server` on, and tells as clients the pids in the file `clients` there. A server's status is ACTIVE, or what the
 file `status` says. It notes each command in the file `commands` of CUDA_MPS_LOG_DIRECTORY. FAKE_MPS of the client:
-hang, slow, garbage, refuse and wrong-user (status 1 with the driver's text). FAKE_MPS_DAEMON: fails (ends at once), mute
-(accepts, never answers), stubborn (does not end on quit), slow (listens after half a second), forgets (the defaults that
-were set).
+hang, slow, garbage, refuse and wrong-user (status 1 with the driver's text). FAKE_MPS_DAEMON: fails (ends at once),
+mute (accepts, never answers), stubborn (does not end on quit), slow (listens after half a second), forgets (the
+defaults that were set).
 """
 
 import os
