@@ -17,7 +17,7 @@ def rotate(logs: Iterable[Path], max_bytes: int, keep: int) -> None:
         try:
             if log.stat().st_blocks * _BLOCK_BYTES > max_bytes:
                 _rotate(log, keep)
-        except FileNotFoundError:
+        except OSError:  # not there yet, or not ours to write: that is no reason to end
             continue
 
 

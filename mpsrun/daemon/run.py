@@ -30,6 +30,10 @@ ASK_S = 0.1  # between two questions to a control daemon that is starting
 ROTATE_S = 10.0
 TICK_S = 0.2
 QUIT_S = 5.0
+_NOT_PASSED_ON = {
+    "CUDA_VISIBLE_DEVICES", "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT",
+    "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID",
+}  # fmt: skip
 _END = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 
 
@@ -173,8 +177,7 @@ class _Daemon:
                 self._servers = self._clients = ()
 
     def _start(self) -> None:
-        for left in self._places.pipe_dir.iterdir():
-            left.unlink(missing_ok=True)
+        self._clear_pipe_dir()
         self._is_configured, self._error = False, ""
         try:
             with (self._places.log_dir / CONTROL_LOG).open("ab") as log:
@@ -192,9 +195,8 @@ class _Daemon:
         self._identity = Identity.of(self._process.pid)
 
     def _environment(self) -> dict[str, str]:
-        """Without a selection of GPUs but our own: clients with a selection by number would select a second time."""
-        names = {"CUDA_VISIBLE_DEVICES", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}
-        environ = {name: value for name, value in os.environ.items() if name not in names}
+        """Limits come from the settings alone. So do GPUs: clients that select by number would select a second time."""
+        environ = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON}
         if self._settings.gpus:
             environ["CUDA_VISIBLE_DEVICES"] = ",".join(self._settings.gpus)
         return {**environ, PIPE_DIRECTORY: str(self._places.pipe_dir), LOG_DIRECTORY: str(self._places.log_dir)}
@@ -218,8 +220,12 @@ class _Daemon:
             self._kill_control()
         for server in self._servers:
             server.signal(signal.SIGKILL)
+        self._clear_pipe_dir()
+
+    def _clear_pipe_dir(self) -> None:
         for left in self._places.pipe_dir.iterdir():
-            left.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what is no file there is none of ours
+                left.unlink()
 
     def _wait_for(self, processes: "list[Identity | None]") -> None:
         deadline = time.monotonic() + QUIT_S

@@ -5,7 +5,7 @@ and memory were between two of its own samples.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,9 @@ _SLOWED_BY = {
     0x80: "power brake",
 }
 _COMPUTE_MODES = {0: "default", 2: "prohibited", 3: "exclusive process"}
-_GONE = ("GPU_IS_LOST", "RESET_REQUIRED", "UNINITIALIZED", "UNKNOWN")
+_GONE = ("GPU_IS_LOST", "RESET_REQUIRED", "UNINITIALIZED")
+_NEVER = ("NOT_SUPPORTED", "NO_PERMISSION", "FUNCTION_NOT_FOUND")
+_MOST_FAILURES = 10  # of GPM in a row, after which it is not asked any more
 
 
 class Unavailable(MpsrunError):
@@ -99,6 +101,7 @@ class Gpu:
         self._gpm_problem = ""
         self._gpm_samples: list[Any] = []
         self._gpm_query: Any = None
+        self._gpm_failures = 0
         self._open_gpm()
 
     @property
@@ -111,6 +114,8 @@ class Gpu:
         nvml, handle = self._nvml, self._handle
         memory = self._ask(lambda: nvml.nvmlDeviceGetMemoryInfo(handle))
         reasons = self._ask(lambda: nvml.nvmlDeviceGetCurrentClocksEventReasons(handle))
+        if reasons is None:  # drivers before 535 know it by another name
+            reasons = self._ask(lambda: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))
         power_mw = self._ask(lambda: nvml.nvmlDeviceGetPowerUsage(handle))
         limit_mw = self._ask(lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle))
         return {
@@ -140,11 +145,14 @@ class Gpu:
         try:
             return question()
         except self._nvml.NVMLError as error:
-            if any(getattr(self._nvml, f"NVML_ERROR_{name}", None) == error.value for name in _GONE):
+            if self._is(error, _GONE):
                 raise Unavailable(f"the GPU is lost to NVML: {error}") from None
             return None
         except AttributeError:  # a function that this version of the library lacks
             return None
+
+    def _is(self, error: Any, names: Sequence[str]) -> bool:
+        return any(getattr(self._nvml, f"NVML_ERROR_{name}", None) == error.value for name in names)
 
     def _open_gpm(self) -> None:
         nvml = self._nvml
@@ -175,8 +183,11 @@ class Gpu:
             query.sample1, query.sample2 = before, now
             self._nvml.nvmlGpmMetricsGet(query)
         except self._nvml.NVMLError as error:
-            self._gpm_problem, self._gpm_query = f"no GPM: {error}", None
+            self._gpm_failures += 1
+            if self._is(error, _NEVER) or self._gpm_failures >= _MOST_FAILURES:
+                self._gpm_problem, self._gpm_query = f"no GPM: {error}", None
             return {}
+        self._gpm_failures = 0
         self._gpm_samples = [now, before]
         answers = {name: query.metrics[place] for place, name in enumerate(_GPM)}
         return {name: float(answer.value) for name, answer in answers.items() if not answer.nvmlReturn}

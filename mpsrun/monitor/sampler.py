@@ -51,8 +51,7 @@ class Sampler:
 
     def _run(self) -> None:
         try:
-            uuid = self._wait_for_lead()
-            if uuid is not None:
+            while (uuid := self._wait_for_lead()) is not None:
                 self._watch(uuid)
         except Exception as error:  # noqa: BLE001 - a monitor that fails must not harm the run
             say(f"the monitor ended ({type(error).__name__}: {error}); plans adapt by step times alone")
@@ -72,7 +71,7 @@ class Sampler:
             if trace is not None:
                 stack.callback(trace.close)
             gpu, problem = self._open(stack, uuid)
-            while not self._ending.is_set():
+            while not self._ending.is_set() and self._config.sample_page.exists():  # gone where the lead starts again
                 begin_s = time.thread_time()
                 sample, gpu = self._sample(gpu, problem)
                 problem = sample.problem

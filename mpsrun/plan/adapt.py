@@ -27,6 +27,7 @@ LOOK_EVERY = 5  # of them, since to compare takes as long as all the rest
 SETTLE_STEPS = 2
 DRIFT = 1.10
 DRIFT_HOLD_S = 1.5  # longer than a tenant takes to be noticed, which tells more
+DRIFT_LOOKS = 3  # and so many looks in a row: with steps of a second, one look would often be chance
 ALPHA = 0.005  # every step is another opportunity for chance
 
 
@@ -102,7 +103,7 @@ class State:
     changed_s: when a plan was changed or tried last, None for just now. why: of the preparation or trial under way.
     before: the plan until then, is_look: whether the trial has no other reason than to look again. fruitless: other
     trials in a row that changed nothing; sheds: plans given up for memory; doubts: looks in a row that found no better
-    plan. drifted_s: since when step times have drifted.
+    plan. drifted_s, drifts: since when, and in how many looks, step times have drifted.
     """
 
     tuning: tuner.State
@@ -122,6 +123,7 @@ class State:
     doubts: int = 0
     look_again_s: float | None = None
     drifted_s: float | None = None
+    drifts: int = 0
 
     @property
     def decided(self) -> int | None:
@@ -164,7 +166,7 @@ def advance(state: State, event: Event) -> Step:
             if state.changed_s is None:
                 state = replace(state, changed_s=event.now_s)
             if event.reading is not None:
-                state = replace(state, watched=state.watched.seen(event.reading, event.now_s))
+                state = _see(state, event.reading)
             return _consider(state) if state.decided is not None else (state, ())
         case Prepared():
             return _try(state) if state.is_preparing and state.decided is not None else (state, ())
@@ -174,6 +176,14 @@ def advance(state: State, event: Event) -> Step:
             return state, ()
         case _:
             return _follow(state, *tuner.advance(state.tuning, event))
+
+
+def _see(state: State, reading: Reading) -> State:
+    """Take in a reading. The first one may come only after the plan was chosen, under just that load."""
+    watched = state.watched.seen(reading, state.now_s)
+    if state.watched.is_new and state.before is None and state.tuning.steps:
+        state = replace(state, under=watched.load, home_load=watched.load)
+    return replace(state, watched=watched)
 
 
 def _follow(state: State, tuning: tuner.State, actions: tuner.Actions) -> Step:
@@ -210,7 +220,7 @@ def _end_trial(state: State, chosen: int) -> State:
 
 def _changed(state: State) -> State:
     state = replace(state, changed_s=None, window=Window(), is_preparing=False, why="")
-    return replace(state, look_again_s=None, drifted_s=None)
+    return replace(state, look_again_s=None, drifted_s=None, drifts=0)
 
 
 def _consider(state: State) -> Step:
@@ -237,10 +247,11 @@ def _consider(state: State) -> Step:
 def _consider_drift(state: State) -> Step:
     if why := state.window.drift():
         since_s = state.now_s if state.drifted_s is None else state.drifted_s
-        has_held = state.now_s - since_s >= DRIFT_HOLD_S and not state.watched.is_changing
-        state = replace(state, drifted_s=since_s)
+        state = replace(state, drifted_s=since_s, drifts=state.drifts + 1)
+        has_held = state.now_s - since_s >= DRIFT_HOLD_S and state.drifts >= DRIFT_LOOKS
+        has_held = has_held and not state.watched.is_changing
         return _prepare(replace(state, is_look=False), why) if has_held else (state, ())
-    return replace(state, drifted_s=None), ()
+    return replace(state, drifted_s=None, drifts=0), ()
 
 
 def _follow_load(state: State, load: Load) -> Step:

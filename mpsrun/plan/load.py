@@ -69,6 +69,7 @@ class Watched:
     tight: Held[bool] = field(default_factory=_off)
     busy: Held[bool] = field(default_factory=_off)
     reading: Reading = field(default_factory=Reading)
+    is_new: bool = True
 
     @property
     def load(self) -> Load:
@@ -81,24 +82,29 @@ class Watched:
         return any(one.value != one.other for one in held)
 
     def seen(self, reading: Reading, now_s: float) -> "Watched":
-        """What is held after a reading; what it does not tell stays as it was."""
+        """What is held after a reading; what it does not tell stays as it was. The first one counts at once."""
         tenants, tight, busy = self.tenants, self.tight, self.busy
         if reading.tenants is not None:
             grows = not reading.tenants <= tenants.value
-            tenants = tenants.seen(reading.tenants, now_s, TENANT_ON_S if grows else TENANT_OFF_S)
+            tenants = tenants.seen(reading.tenants, now_s, self._hold_s(grows, TENANT_ON_S, TENANT_OFF_S))
         slowed = self.slowed
         if reading.slowed_by is not None:
             is_slowed = bool(reading.slowed_by)
-            slowed = slowed.seen(is_slowed, now_s, SLOWED_ON_S if is_slowed else SLOWED_OFF_S)
+            slowed = slowed.seen(is_slowed, now_s, self._hold_s(is_slowed, SLOWED_ON_S, SLOWED_OFF_S))
         if reading.free_mib is not None and reading.total_mib:
             limit = ENOUGH_ABOVE if tight.value else TIGHT_BELOW
             is_tight = reading.free_mib < limit * reading.total_mib
-            tight = tight.seen(is_tight, now_s, TIGHT_ON_S if is_tight else TIGHT_OFF_S)
+            tight = tight.seen(is_tight, now_s, self._hold_s(is_tight, TIGHT_ON_S, TIGHT_OFF_S))
         if reading.sm_percent is not None or reading.dram_percent is not None:
             sm_limit, dram_limit = (SM_IDLE, DRAM_IDLE) if busy.value else (SM_BUSY, DRAM_BUSY)
             is_busy = (reading.sm_percent or 0.0) > sm_limit or (reading.dram_percent or 0.0) > dram_limit
-            busy = busy.seen(is_busy, now_s, BUSY_ON_S if is_busy else BUSY_OFF_S)
-        return Watched(tenants, slowed, tight, busy, reading)
+            busy = busy.seen(is_busy, now_s, self._hold_s(is_busy, BUSY_ON_S, BUSY_OFF_S))
+        return Watched(tenants, slowed, tight, busy, reading, is_new=False)
+
+    def _hold_s(self, is_on: bool, on_s: float, off_s: float) -> float:
+        if self.is_new:
+            return 0.0
+        return on_s if is_on else off_s
 
     def told(self, before: Load) -> str:
         """How the load differs from an earlier one, with figures."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from typing import TYPE_CHECKING
@@ -35,7 +36,8 @@ class Eyes:
                 log.detail("without the launcher there is no monitor: plans adapt by step times alone")
         elif self.adapts or self._trace is not None:
             self._reader = Reader(settings.sample_page)
-            settings.watched_gpu.write_text(_name_of_gpu(kind))
+            with contextlib.suppress(OSError):  # a full disk: nobody watches then
+                settings.watched_gpu.write_text(_name_of_gpu(kind))
 
     @property
     def is_tracing(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from typing import Any
@@ -18,6 +19,7 @@ class StepClock:
         self._is_cuda = kind == "cuda"
         self._last: tuple[int, Any] | None = None
         self._open: deque[tuple[int, Any, Any]] = deque()
+        self._taking = threading.Lock()  # several threads may call one network
 
     def start(self, candidate: int) -> None:
         """A step begins, which runs under this candidate."""
@@ -35,8 +37,9 @@ class StepClock:
 
     def periods(self) -> list[Period]:
         """The steps that have ended and were not told before."""
-        found = []
-        while self._open and (not self._is_cuda or self._open[0][2].query()):
-            candidate, start, end = self._open.popleft()
-            found.append((candidate, start.elapsed_time(end) * 1e3 if self._is_cuda else (end - start) * 1e6))
+        found: list[Period] = []
+        with self._taking:
+            while self._open and (not self._is_cuda or self._open[0][2].query()):
+                candidate, start, end = self._open.popleft()
+                found.append((candidate, start.elapsed_time(end) * 1e3 if self._is_cuda else (end - start) * 1e6))
         return found

@@ -30,6 +30,7 @@ class Tuning:
         self._decided = decided
         self._clock = StepClock(kind)
         self._eyes = eyes(kind)
+        self._advancing = threading.RLock()  # several threads may call one network
         self._seen = 0  # samples
         self._state: adapt.State | None = None
         self._lost: set[int] = set()
@@ -144,8 +145,9 @@ class Tuning:
 
     def _advance(self, event: adapt.Event) -> None:
         assert self._state is not None, "events come after the start"
-        self._state, actions = adapt.advance(self._state, event)
-        self._act(actions)
+        with self._advancing:
+            self._state, actions = adapt.advance(self._state, event)
+            self._act(actions)
 
     def _act(self, actions: adapt.Actions) -> None:
         for action in actions:

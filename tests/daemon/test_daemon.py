@@ -71,6 +71,7 @@ def test_settings_reach_the_control_daemon(daemons: Daemons, tmp_path: Path) -> 
     assert (daemons.places.pipe_dir / "environment").exists()
     environ = psutil.Process(daemons.wait(lambda r: r.control is not None).control.pid).environ()  # type: ignore[union-attr]
     assert environ["CUDA_VISIBLE_DEVICES"] == uuid
+    assert "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE" not in environ
 
 
 @pytest.mark.parametrize("text", ["nonsense = 1", "active_thread_percentage = 0", "active_thread_percentage = 101"])

@@ -34,6 +34,7 @@ class FakeNvml:
     mig: int = 0
     has_gpm: bool = True
     gpm: dict[int, float] = field(default_factory=lambda: {2: 55.0, 3: 30.0, 5: 12.5, 10: 40.0})
+    gpm_stutters: bool = False
     denied: set[str] = field(default_factory=set)
     unsupported: set[str] = field(default_factory=set)
     calls: list[str] = field(default_factory=list)
@@ -42,6 +43,8 @@ class FakeNvml:
 
     NVMLError = NVMLError
     NVML_ERROR_GPU_IS_LOST = NVML_ERROR_GPU_IS_LOST
+    NVML_ERROR_NOT_SUPPORTED = NVML_ERROR_NOT_SUPPORTED
+    NVML_ERROR_NO_PERMISSION = NVML_ERROR_NO_PERMISSION
     NVML_CLOCK_SM = 1
     NVML_TEMPERATURE_GPU = 0
     NVML_GPM_METRICS_GET_VERSION = 1
@@ -98,6 +101,9 @@ class FakeNvml:
     def nvmlDeviceGetCurrentClocksEventReasons(self, _handle: str) -> int:  # noqa: N802
         return self.reasons
 
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, _handle: str) -> int:  # noqa: N802
+        return self.reasons
+
     def nvmlDeviceGetPowerUsage(self, _handle: str) -> int:  # noqa: N802
         return 350_500
 
@@ -136,6 +142,8 @@ class FakeNvml:
         return
 
     def nvmlGpmMetricsGet(self, query: Any) -> None:  # noqa: N802
+        if self.gpm_stutters and len(self.calls) % 2:
+            raise NVMLError(999)
         assert query.sample1 is not query.sample2
         for place in range(query.numMetrics):
             metric = query.metrics[place]

@@ -88,6 +88,8 @@ def test_a_sample_has_everything(fake_nvml: FakeNvml, config: Config, child: "su
         ({"unsupported": {"nvmlDeviceGetPowerUsage"}}, ["power_w"], ""),
         ({"denied": {"nvmlDeviceGetComputeRunningProcesses"}}, ["tenants", "own_mib"], ""),
         ({"unsupported": {"nvmlDeviceGetMPSComputeRunningProcesses"}, "processes": {1: 3}}, [], ""),
+        ({"unsupported": {"nvmlDeviceGetCurrentClocksEventReasons"}}, [], ""),
+        ({"gpm_stutters": True}, [], ""),
         ({"fails": True}, ["memory_used_mib", "gpu_percent"], "NVML: 9"),
         ({"uuid": "GPU-00000000-0000-0000-0000-000000000000"}, ["memory_used_mib"], "NVML knows no GPU GPU-1"),
     ],
@@ -106,6 +108,7 @@ def test_what_is_missing_is_left_out_and_told(
     assert problem in sample.problem
     assert bool(sample.problem) == bool(problem)
     assert sample.cpu_percent is not None
+    assert sample.slowed_by == () or not sample.has_gpu
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,6 +129,16 @@ def test_a_gpu_that_is_lost_in_mid_run(fake_nvml: FakeNvml, config: Config, capf
         assert sample.problem == "the GPU is lost to NVML: GPU is lost"
         assert not next_sample(reader).has_gpu
     assert capfd.readouterr().err.count("the GPU is lost to NVML") == 1
+
+
+def test_a_script_that_is_started_again_is_watched_again(fake_nvml: FakeNvml, config: Config) -> None:
+    with sampling(config):
+        for _ in range(2):
+            config.watched_gpu.write_text(fake_nvml.uuid)
+            assert next_sample(Reader(config.sample_page)).has_gpu
+            config.watched_gpu.unlink()  # as the launcher clears up between two starts
+            config.sample_page.unlink()
+    assert fake_nvml.open_sessions == 0
 
 
 def test_nobody_asks_and_nothing_is_opened(fake_nvml: FakeNvml, config: Config) -> None:
@@ -153,7 +166,7 @@ def test_it_samples_less_often_where_the_driver_is_slow(
     config.watched_gpu.write_text("cpu")
     monkeypatch.setattr(ending, "is_set", lambda: len(waits) > 3)
     made._run()
-    assert waits[1:] == pytest.approx([0.5, 0.5, 0.5])
+    assert waits[1:4] == pytest.approx([0.5, 0.5, 0.5])
     assert 0.004 / 0.5 < 0.01
 
 

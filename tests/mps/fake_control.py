@@ -3,8 +3,9 @@
 The daemon (`-f`) listens on a socket in CUDA_MPS_PIPE_DIRECTORY, has one server (a sleeping child) from
 `start_server` on, and tells as clients the pids in the file `clients` there. A server's status is ACTIVE, or what the
 file `status` says. It notes each command in the file `commands` of CUDA_MPS_LOG_DIRECTORY. FAKE_MPS of the client:
-hang, garbage, refuse (status 1 with the driver's text). FAKE_MPS_DAEMON: fails (ends at once), mute (accepts, never
-answers), stubborn (does not end on quit), slow (listens after half a second), forgets (a default share that was set).
+hang, slow, garbage, refuse and wrong-user (status 1 with the driver's text). FAKE_MPS_DAEMON: fails (ends at once),
+mute (accepts, never answers), stubborn (does not end on quit), slow (listens after half a second), forgets (the
+defaults that were set).
 """
 
 import os
@@ -22,6 +23,11 @@ def client() -> int:
     behaviour = os.environ.get("FAKE_MPS", "")
     if behaviour == "hang":
         time.sleep(60)
+    if behaviour == "slow":
+        time.sleep(0.3)
+    if behaviour == "wrong-user":  # the sockets of another user's daemon
+        print("Insufficient permissions to connect to the MPS control daemon")
+        return 1
     if behaviour == "garbage":
         print("Segmentation fault \x00 12 monkeys")
         return 0
@@ -116,7 +122,7 @@ def answer_about_limits(command: list[str]) -> str:
             (PIPE_DIR / f"limit{device}").write_text(limit)
         case ["get_default_device_pinned_mem_limit", device]:
             limit_file = PIPE_DIR / f"limit{device}"
-            return limit_file.read_text() if limit_file.exists() else "0G"
+            return limit_file.read_text() if limit_file.exists() and not behaves("forgets") else "0G"
         case _:
             return "Command failed"
     return ""

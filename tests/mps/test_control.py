@@ -21,6 +21,10 @@ def test_conformance(control: Control) -> None:
     assert len(servers) == 1
     assert Path(f"/proc/{servers[0]}").exists()
     assert control.client_list(servers[0]) == []
+    assert control.server_status(servers[0]) in ("INITIALIZING", "ACTIVE")
+    assert control.share_percent(servers[0]) == 100.0
+    control.set_default_share(40)
+    control.set_default_memory_limit(0, "2G")
     with pytest.raises(ControlError):
         control.terminate_client(servers[0], os.getpid())
     control.quit()
@@ -46,6 +50,7 @@ def test_clients_are_listed_and_terminated(fake_program: Path, pipe_dir: Path, s
         ("hang", r"expected an answer to 'get_server_list' within 0.5 s, found none"),
         ("garbage", "expected pids in answer to 'get_server_list', found 'Segmentation fault"),
         ("refuse", "found status 1: 'Cannot find MPS control daemon process'"),
+        ("wrong-user", "found status 1: 'Insufficient permissions to connect"),
     ],
 )
 def test_other_answers_are_errors(
@@ -60,6 +65,27 @@ def test_other_answers_are_errors(
         control.quit()
     assert not control.is_reachable()
     assert time.monotonic() - start < 5
+
+
+def test_a_slow_answer_is_an_answer(
+    fake_program: Path, pipe_dir: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start()
+    _reachable(pipe_dir)
+    monkeypatch.setenv("FAKE_MPS", "slow")
+    assert Control(pipe_dir, deadline_s=5.0).server_list() == []
+
+
+def test_what_was_not_kept_is_no_success(
+    fake_program: Path, pipe_dir: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_MPS_DAEMON", "forgets")
+    start()
+    control = _reachable(pipe_dir)
+    with pytest.raises(ControlError, match="expected a default share of 40 % after setting it, found 100 %"):
+        control.set_default_share(40)
+    with pytest.raises(ControlError, match="expected a memory limit of 2G on device 0, found '0G'"):
+        control.set_default_memory_limit(0, "2G")
 
 
 def test_a_missing_program(pipe_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

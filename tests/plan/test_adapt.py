@@ -223,6 +223,16 @@ def test_workers_that_are_busy_do_not_hold_it_up() -> None:
     assert simulation.plan() == WORKERS
 
 
+def test_who_was_there_from_the_start_is_no_news() -> None:
+    """Also where processes have other numbers to NVML than to us, as in a container."""
+    simulation = Simulation(reading=None).run(4)
+    assert simulation.plan() == WORKERS
+    simulation.reading = TENANT  # the monitor was late
+    begin = simulation.now_s
+    simulation.run(60)
+    assert simulation.decisions_since(begin) == []
+
+
 def test_a_plan_from_a_cache_is_watched_too() -> None:
     simulation = Simulation()
     simulation.state = adapt.settled(simulation.candidates, WORKERS)
@@ -253,7 +263,7 @@ def test_what_is_not_known_is_no_load() -> None:
 def test_memory_and_saturation_have_two_limits() -> None:
     watched = Watched()
     for now_s, free_mib, sm, tight, busy in [
-        (0.0, 5_000, 90.0, False, False),
+        (0.0, 5_000, 90.0, False, False),  # the first one counts at once, all others once they have held
         (5.0, 2_000, 97.0, False, False),
         (10.0, 2_000, 97.0, True, True),
         (15.0, 5_000, 90.0, True, True),
