@@ -304,7 +304,7 @@ def _try(state: State) -> Step:
     before = state.decided
     tuning, actions = tuner.again(state.tuning)
     said = Tell(f"{state.why}: tries {len(tuning.contenders)} plans again")
-    state, done = _follow(replace(state, before=before), tuning, actions)
+    state, done = _follow(replace(state, before=before, is_preparing=False), tuning, actions)
     return state, (said, *done)
 
 
