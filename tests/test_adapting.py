@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,8 +21,10 @@ from mpsrun.monitor.page import Writer
 from mpsrun.monitor.sample import Sample, Tenant
 from mpsrun.plan import adapt
 from mpsrun.run import eyes as eyes_module
-from mpsrun.run import plans
+from mpsrun.run import plans, report
 from mpsrun.run.coordinator import Coordinator
+from mpsrun.run.tuning import Tuning
+from tests.plan.made import contenders
 
 ROOT = Path(__file__).parents[1]
 MOST_STEPS = 400
@@ -35,7 +38,7 @@ class Load:
         self.sample = QUIET
         self.now_s = 1000.0
         self._writer = Writer(page)
-        monkeypatch.setattr(eyes_module.time, "monotonic", self._tick)
+        monkeypatch.setattr(eyes_module, "time", types.SimpleNamespace(monotonic=self._tick))
 
     def _tick(self) -> float:
         self.now_s += 0.1
@@ -126,8 +129,29 @@ def test_steps_before_a_trial_run_under_the_old_plan(
     train(sides, 3)
     begin = len(clock.names)
     load.sample = with_(QUIET, slowed_by=("power brake",))
-    train_until(sides, "clocks lowered by power brake: tries", said)
+    calls, steps = report.graphs[0].calls, 0
+    while not any("clocks lowered by power brake: tries" in line for line in said):
+        train(sides, 1)
+        steps += 1
+        assert steps < MOST_STEPS
     assert set(clock.names[begin:]) == {"workers, 3 lanes"}
+    assert report.graphs[0].calls - calls >= steps - 1, "the last one may be the first of the trial, and serial"
+
+
+def test_a_trial_waits_until_all_can_run(load: Load, said: list[str]) -> None:
+    can_run = False
+    tuning = Tuning("a network", contenders((-1,), (1, 2)), "cpu", lambda _chosen: None, lambda: can_run)
+    tuning.settle(2)
+    for call in range(MOST_STEPS):
+        tuning.step(call, [])
+        load.sample = with_(QUIET, tenants=(Tenant(77, 2048),))
+        if tuning.wants_candidates:
+            break
+    tuning.prepared()
+    assert (tuning.decided, tuning.wants_candidates) == (2, True)
+    can_run = True
+    tuning.prepared()
+    assert (tuning.decided, tuning.wants_candidates) == (None, False)
 
 
 def test_adapt_off_looks_at_nothing(load: Load, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,7 +167,7 @@ def advance(state: State, event: Event) -> Step:
                 state = replace(state, changed_s=event.now_s)
             if event.reading is not None:
                 state = _see(state, event.reading)
-            return _consider(state) if state.decided is not None else (state, ())
+            return _consider(state) if state.decided is not None else _consider_trial(state)
         case Prepared():
             return _try(state) if state.is_preparing and state.decided is not None else (state, ())
         case tuner.StepTimed() if state.decided is not None:
@@ -223,8 +223,17 @@ def _changed(state: State) -> State:
     return replace(state, look_again_s=None, drifted_s=None, drifts=0)
 
 
+def _consider_trial(state: State) -> Step:
+    """A trial needs memory: where that gets short, it is decided with what is there."""
+    if state.before is None or not state.watched.load.tight or state.under.tight:
+        return state, ()
+    return _follow(state, *tuner.advance(state.tuning, tuner.BudgetSpent()))
+
+
 def _consider(state: State) -> Step:
     """Whether the plan is still the right one."""
+    if state.is_preparing and state.watched.load.tight:
+        state = replace(state, is_preparing=False)
     if state.is_preparing:
         late = state.since_change_s > PREPARE_S
         return (replace(state, is_preparing=False, changed_s=state.now_s), ()) if late else (state, ())
@@ -304,7 +313,7 @@ def _try(state: State) -> Step:
     before = state.decided
     tuning, actions = tuner.again(state.tuning)
     said = Tell(f"{state.why}: tries {len(tuning.contenders)} plans again")
-    state, done = _follow(replace(state, before=before), tuning, actions)
+    state, done = _follow(replace(state, before=before, is_preparing=False), tuning, actions)
     return state, (said, *done)
 
 

@@ -142,7 +142,10 @@ class Planner:
             if tuning.is_short_of_memory and owner is not None:
                 owner.trim()
 
-        tuning = Tuning(special.description, special.candidates, self._kind, decided)
+        def can_run() -> bool:
+            return all(variant.is_ready() for variant in special.variants.values())
+
+        tuning = Tuning(special.description, special.candidates, self._kind, decided, can_run)
         known = [i for i, c in enumerate(special.candidates) if entry is not None and str(c.plan) == entry.plan]
         if known:
             log.say(f"{special.description}: {special.candidates[known[0]].name}, which an earlier run found best")

@@ -21,13 +21,22 @@ _tuning: Tuning | None = None  # one at a time: two would measure each other
 class Tuning:
     """Which candidate each call of a graph runs under: until one is decided on, and when that is no longer the best.
 
-    decided: called with the candidate's index when that is known, and again where it had to change.
+    decided: called with the candidate's index when that is known, and again where it had to change. can_run: whether
+    all candidates that were made are ready.
     """
 
-    def __init__(self, name: str, candidates: Sequence[Candidate], kind: str, decided: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        candidates: Sequence[Candidate],
+        kind: str,
+        decided: Callable[[int], None],
+        can_run: Callable[[], bool],
+    ) -> None:
         self.candidates = tuple(candidates)
         self._name = name
         self._decided = decided
+        self._can_run = can_run
         self._clock = StepClock(kind)
         self._eyes = eyes(kind)
         self._advancing = threading.RLock()  # several threads may call one network
@@ -86,8 +95,9 @@ class Tuning:
             return _tuning is self
 
     def prepared(self) -> None:
-        """All candidates can run."""
-        self._advance(adapt.Prepared())
+        """All candidates were made: they take turns again once they can run; until then the plan stays."""
+        if self._can_run():
+            self._advance(adapt.Prepared())
 
     def pause(self) -> None:
         """The call that begins now runs plain; what it and the one before it take is not compared."""

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -158,7 +159,8 @@ def test_it_samples_less_often_where_the_driver_is_slow(
 ) -> None:
     """It keeps below 1 % of a core by its own CPU time; here every sample seems to cost 4 ms of it."""
     clock = iter(range(10**9))
-    monkeypatch.setattr(sampler.time, "thread_time", lambda: next(clock) * 0.004)
+    times = types.SimpleNamespace(monotonic=time.monotonic, thread_time=lambda: next(clock) * 0.004)
+    monkeypatch.setattr(sampler, "time", times)
     waits: list[float] = []
     made = sampler.Sampler(config)
     ending = made._ending

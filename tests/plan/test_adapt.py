@@ -198,6 +198,23 @@ def test_short_memory_takes_fewer_workers_at_once_and_tries_nothing() -> None:
     assert simulation.plan() == 3
 
 
+def test_short_memory_ends_preparations_and_trials() -> None:
+    for wanted in ("preparing", "trying"):
+        simulation = settled()
+        simulation.reading, simulation.ms = TENANT, dict(MS_BESIDE_A_TENANT)
+        while not (simulation.state.is_preparing if wanted == "preparing" else simulation.plan() is None):
+            simulation.step()
+        simulation.reading = replace(TENANT, free_mib=900)
+        simulation.run(1.0)
+        assert simulation.plan() is not None
+        assert not simulation.state.is_preparing
+        simulation.run(6)
+        assert simulation.plan() in (SERIAL, STREAMS)
+        begin = simulation.now_s
+        simulation.run(60)
+        assert simulation.decisions_since(begin) == [], "nothing is tried while memory is short"
+
+
 def test_what_was_lost_is_not_gone_back_to() -> None:
     simulation = settled()
     simulation.forced = True
