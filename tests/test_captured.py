@@ -16,7 +16,7 @@ from transparency import assert_same, moved, trained
 
 from mpsrun import config
 from mpsrun.plan.planfile import PlanFile
-from mpsrun.run import backend, captured, plans, report, verify
+from mpsrun.run import backend, captured, plans, replay, report, verify
 from mpsrun.run.captured import Captured
 from mpsrun.run.special import Planner
 
@@ -303,7 +303,7 @@ def test_a_wrong_replay_is_found(made: list[Captured], monkeypatch: pytest.Monke
     settings = dataclasses.replace(config.current(), verify=3)
     monkeypatch.setattr(config, "current", lambda: settings)
     monkeypatch.setattr(verify, "_all", [])
-    monkeypatch.setattr(captured, "_copied", lambda output: output.detach() + 1e-3)
+    monkeypatch.setattr(replay, "_copied", lambda output: output.detach() + 1e-3)
     fast = on_captured(Three(8).double())
     for _ in range(2):
         fast(inputs()).square().sum().backward()

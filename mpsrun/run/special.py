@@ -16,12 +16,12 @@ from mpsrun.plan import memory
 from mpsrun.plan.candidates import Candidate, candidates, forced, forced_captured, forced_streams
 from mpsrun.plan.cost import MACHINES, Costs
 from mpsrun.run import plans, report
-from mpsrun.run.captured import Subject
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.observe import Observation
 from mpsrun.run.options import Options
 from mpsrun.run.plan_cache import Entry, Key
 from mpsrun.run.profile import Profiler, measured_us
+from mpsrun.run.replay import Subject
 from mpsrun.run.tuning import Tuning
 from mpsrun.run.variant import Variant
 

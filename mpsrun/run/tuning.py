@@ -124,7 +124,7 @@ class Tuning:
         for worker in [worker for worker in lost if worker not in self._lost]:
             self._lost.add(worker)
             self._advance(tuner.WorkerLost(worker))
-        if self.is_decided:
+        if self.is_decided and self._is_watching:
             self._compare_alike(calls)
         if not self.is_decided or self._is_watching:
             self._look()

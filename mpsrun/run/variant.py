@@ -17,12 +17,13 @@ from mpsrun.plan.lanes import LEAD
 from mpsrun.plan.plan import Assignment, Plan
 from mpsrun.run import report
 from mpsrun.run.binding import Binding
-from mpsrun.run.captured import Captured, Subject
+from mpsrun.run.captured import Captured
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.crossing import Crossing
 from mpsrun.run.lower import Lowered, lower
 from mpsrun.run.observe import Observation
 from mpsrun.run.recorder import recorder
+from mpsrun.run.replay import Subject
 from mpsrun.run.specialize import Cutter, Strand
 
 

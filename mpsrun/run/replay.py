@@ -1,0 +1,313 @@
+"""One recording of a graph: its memory, the calls that are replayed in it, and their backward passes.
+
+Whose recording it is, and when it serves, is decided in captured.py.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+from mpsrun.errors import NotShippable
+from mpsrun.graph.effects import Effects
+from mpsrun.graph.state import State, applied
+from mpsrun.run import state as modes
+from mpsrun.run.executor import copy_all
+from mpsrun.run.forkjoin import Function, check_versions, keeps_graph
+from mpsrun.run.layout import Gradients, TensorMeta, follow_gradients
+from mpsrun.run.plainrun import Generators, PlainRun, generators
+from mpsrun.run.recorder import Recorder, Recording
+from mpsrun.wire.messages import Flags
+
+# What a recording was made under and cannot be changed afterwards; the era of the recorder.
+Settings = tuple[Flags, State, int]
+
+
+class Subject:
+    """What has to be known of a graph to record it.
+
+    statics: the arguments that are read and written where they are. refusal: why it cannot be recorded, if so. sizes:
+    for how many sets of sizes and modes it was.
+    """
+
+    def __init__(self, gm: fx.GraphModule, effects: Effects, kind: str) -> None:
+        self.plain = PlainRun(gm, effects, kind)
+        self.kind = kind
+        self.is_random = any(facts.random for facts in effects.facts.values())
+        self.statics = frozenset(i for i, k in enumerate(self.plain.kinds) if k in ("parameter", "buffer"))
+        self.refusal = self.plain.refusal or self._refusal(gm, effects)
+        self.sizes = 0
+
+    def _refusal(self, gm: fx.GraphModule, effects: Effects) -> str | None:
+        facts = effects.facts
+        for i in self.plain.written:
+            if i not in self.statics:
+                return f"it writes its input {self.plain.names[i]} in place"
+        for value in effects.values.values():
+            if isinstance(value, torch.Tensor) and value.device.type != self.kind:
+                return f"it computes on the {value.device.type}, too"
+        seen = frozenset().union(*(facts[node].outputs for node in self.plain.placeholders))
+        for node in gm.graph.output_node().all_input_nodes:
+            if facts[node].outputs & seen:
+                return f"{node.name}, which it returns, shares memory with an argument or another result"
+            seen |= facts[node].outputs
+        return None
+
+
+@dataclass(eq=False)
+class _Call:
+    """One forward, and the backwards that may come.
+
+    args: what it was called with, until its backward is through. generation: which replay of the recording it was.
+    spent: whether its backward came, and the script did not ask to keep the graph.
+    """
+
+    body: Body
+    args: tuple[Any, ...] | None
+    generation: int
+    versions: list[int]
+    start: Generators | None
+    spent: bool = False
+
+
+class Body:
+    """A recording of forward with its memory, and those of backward.
+
+    settings: what it was made under. failed: why its backward cannot be recorded, if so.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        recorder: Recorder,
+        bumps: dict[int, int],
+        settings: Settings,
+    ) -> None:
+        self.settings, self._state = settings, settings[1]
+        self._subject, self._run, self._recorder, self._bumps = subject, run, recorder, bumps
+        self._statics = [*subject.statics]
+        self._copied = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and i not in subject.statics]
+        self._pointers = self._pointers_of(args)
+        self._metas = self._metas_of(args)
+        self._grad = torch.is_grad_enabled()
+        self._wanted = [i for i, a in enumerate(args) if self._grad and isinstance(a, torch.Tensor) and a.requires_grad]
+        self._args = [self._own(i, arg) for i, arg in enumerate(args)]
+        self._targets = [self._args[i].data for i in self._copied]  # whose versions autograd does not follow
+        self._gradients = self._follow(args)
+        self._outputs: list[torch.Tensor] = []
+        self._grad_outputs: dict[int, torch.Tensor] = {}
+        self._backwards: dict[tuple[int, ...], Recording | None] = {}
+        self._generation = 0
+        self.failed: RuntimeError | None = None
+        self._pending: Callable[[], _Call | None] = lambda: None
+        recorder.make_room()
+        self._forward = recorder.record(self._compute)
+
+    def _own(self, i: int, arg: Any) -> Any:
+        """What the recording takes for an argument: the same memory, or memory of its own."""
+        if not isinstance(arg, torch.Tensor):
+            return arg
+        own = arg.data if i in self._subject.statics else _empty_like(arg)
+        return own.requires_grad_() if i in self._wanted else own
+
+    def _follow(self, args: Sequence[Any]) -> Gradients:
+        """Which results have gradients, and which arguments backward reads."""
+        metas = [TensorMeta.of(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
+        if not self._wanted:
+            return Gradients((), (), frozenset())
+        run = self._subject.plain.forward
+        return follow_gradients(lambda *values: _tensors(run(*values)), metas, modes.ambient(self._subject.kind))
+
+    def _compute(self) -> Sequence[Any]:
+        # Casts that autocast keeps would be of memory that the next replay overwrites.
+        torch.clear_autocast_cache()
+        try:
+            with torch.set_grad_enabled(self._grad):
+                return self._run(*self._args)
+        finally:
+            torch.clear_autocast_cache()
+
+    # ---- calls
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the activations of the last call may still be needed."""
+        call = self._pending()
+        return call is not None and not call.spent
+
+    def fits(self, args: Sequence[Any]) -> bool:
+        """Whether everything is where it was, and as large."""
+        return self._pointers_of(args) == self._pointers and self._metas_of(args) == self._metas
+
+    def _pointers_of(self, args: Sequence[Any]) -> list[int]:
+        return [args[i].data_ptr() for i in self._statics]
+
+    def _metas_of(self, args: Sequence[Any]) -> list[Any]:
+        return [(args[i].shape, args[i].stride(), args[i].dtype, args[i].requires_grad) for i in self._copied]
+
+    def call(self, args: tuple[Any, ...]) -> Any:
+        """One forward pass; the results are the caller's to keep."""
+        if not any(self._gradients.differentiable):
+            with torch.no_grad():
+                return self._put_together([_copied(output) for output in self._replay(args)])
+        versions = [args[i]._version for i in self._gradients.saved]
+        start = generators() if self._subject.is_random else None
+        call = _Call(self, args, self._generation + 1, versions, start)
+        self._pending = weakref.ref(call)
+        return self._put_together(_Replay.apply(call, *(args[i] for i in self._wanted)))
+
+    def _put_together(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """The graph's result with these in the place of its tensors."""
+        left = iter(tensors)
+        return type(self._result)(next(left) if isinstance(x, torch.Tensor) else x for x in self._result)
+
+    def replay(self, call: _Call) -> tuple[torch.Tensor, ...]:
+        """The results of forward, in fresh memory."""
+        if call.args is None:
+            raise RuntimeError("mpsrun: a call that is over")
+        return tuple(map(_copied, self._replay(call.args)))
+
+    def _replay(self, args: Sequence[Any]) -> list[torch.Tensor]:
+        copy_all(self._targets, [args[i] for i in self._copied])
+        self._generation += 1
+        self._result = self._forward.replay()
+        self._outputs = _tensors(self._result)
+        for round_ in range(max(self._bumps.values(), default=0)):
+            torch.autograd.graph.increment_version([args[i] for i, count in self._bumps.items() if count > round_])
+        return self._outputs
+
+    @property
+    def differentiable(self) -> tuple[bool, ...]:
+        """By tensor of the result, whether it may have a gradient."""
+        return self._gradients.differentiable
+
+    # ---- backward
+
+    def differentiate(self, call: _Call, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """The gradients of the arguments that want one, in memory that may be kept."""
+        check_versions(call.args, self._gradients.saved, call.versions)
+        present = tuple(i for i, gradient in enumerate(gradients) if gradient is not None)
+        given = [gradient for gradient in gradients if gradient is not None]
+        if not present:
+            found: Sequence[torch.Tensor | None] = [None] * len(self._wanted)
+        elif not self._holds(call) or torch.is_grad_enabled() or modes.transformed(*given):
+            found = self._plainly(call, present, given)
+        else:
+            found = self._replay_backward(present, given)
+        if not keeps_graph():
+            call.spent = True
+            if len(present) == sum(self.differentiable):
+                call.args = None
+        return [*found]
+
+    def _holds(self, call: _Call) -> bool:
+        """Whether the memory of the recording is that of this call, and can be computed with."""
+        return call.generation == self._generation and self._recorder.era == self.settings[2]
+
+    def _plainly(
+        self, call: _Call, present: Sequence[int], given: Sequence[torch.Tensor]
+    ) -> Sequence[torch.Tensor | None]:
+        """Gradients that can be differentiated again, or those of a call whose activations are gone: forward anew."""
+        plain, args = self._subject.plain, call.args
+        if args is None:
+            raise RuntimeError("mpsrun: a call that is over")
+        values = [arg.clone() if i in plain.written else arg for i, arg in enumerate(args)]
+        # Forward happened outside of whatever transform backward is under.
+        with temporarily_clear_interpreter_stack(), applied(self._state):
+            result, _ = plain.run(values, call.start or generators())
+        outputs = _tensors(result)
+        return torch.autograd.grad(
+            [outputs[i] for i in present],
+            [values[i] for i in self._wanted],
+            given,
+            create_graph=torch.is_grad_enabled(),
+            allow_unused=True,
+        )
+
+    def _replay_backward(
+        self, present: tuple[int, ...], given: Sequence[torch.Tensor]
+    ) -> Sequence[torch.Tensor | None]:
+        for i in present:
+            if i not in self._grad_outputs:
+                self._grad_outputs[i] = torch.empty_like(self._outputs[i])
+        copy_all([self._grad_outputs[i] for i in present], given)
+        if present not in self._backwards:
+            self._backwards[present] = self._record_backward(present)
+        recording = self._backwards[present]
+        found = self._grad_of(present) if recording is None else recording.replay()
+        return _kept(found)
+
+    def _record_backward(self, present: tuple[int, ...]) -> Recording | None:
+        try:
+            return self._recorder.record(lambda: self._grad_of(present))
+        except RuntimeError as error:
+            self.failed = error
+            return None
+
+    def _grad_of(self, present: Sequence[int]) -> Sequence[torch.Tensor | None]:
+        """The gradients of the last forward, whose graph stays: the next replay fills it anew."""
+        with torch.autocast(self._subject.kind, enabled=False):
+            return torch.autograd.grad(
+                [self._outputs[i] for i in present],
+                [self._args[i] for i in self._wanted],
+                [self._grad_outputs[i] for i in present],
+                allow_unused=True,
+                retain_graph=True,
+            )
+
+
+class _Replay(Function):
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *_wanted: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        outputs = call.body.replay(call)
+        flags = call.body.differentiable
+        ctx.mark_non_differentiable(*(o for o, d in zip(outputs, flags, strict=True) if not d))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
+        return None, *ctx.call.body.differentiate(ctx.call, gradients)
+
+
+def _tensors(result: Sequence[Any]) -> list[torch.Tensor]:
+    return [value for value in result if isinstance(value, torch.Tensor)]
+
+
+def _empty_like(arg: torch.Tensor) -> torch.Tensor:
+    """Uninitialised, with the same strides. Raises `NotShippable` where elements lie over each other."""
+    if any(stride == 0 and extent > 1 for extent, stride in zip(arg.shape, arg.stride(), strict=True)):
+        raise NotShippable("an input is an expanded tensor")
+    return torch.empty_strided(arg.shape, arg.stride(), dtype=arg.dtype, device=arg.device)
+
+
+def _copied(output: torch.Tensor) -> torch.Tensor:
+    return output.detach().clone()
+
+
+def _kept(gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Copies in fresh memory, those of one dtype side by side: one allocation where there may be hundreds."""
+    copies = [*gradients]
+    rows: dict[torch.dtype, dict[int, torch.Tensor]] = {}
+    for i, gradient in enumerate(gradients):
+        if gradient is not None and gradient.is_contiguous():
+            rows.setdefault(gradient.dtype, {})[i] = gradient
+        elif gradient is not None:
+            copies[i] = gradient.clone()
+    for row in rows.values():
+        sources = [*row.values()]
+        whole = sources[0].new_empty(sum(source.numel() for source in sources))
+        parts = torch._utils._unflatten_dense_tensors(whole, sources)
+        torch._foreach_copy_(parts, sources)
+        for i, part in zip(row, parts, strict=True):
+            copies[i] = part
+    return copies
