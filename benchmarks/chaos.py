@@ -7,6 +7,7 @@ have the losses of an undisturbed run, and nothing of the run may be left.
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
 import shutil
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,11 @@ import psutil
 
 TRAINING = Path(__file__).with_name("chaos_training.py")
 STEPS = 100
+STEPS_ON_GPU = 400  # which takes them faster
 MARK = "MPSRUN_CHAOS"  # in the environment of everything that a round starts
 LEFT_S = 5.0  # after which nothing may be left
 ROUND_S = 600.0
-RECOVER_S = 120.0  # a start imports torch and compiles, maybe on a busy machine
+SAME = 1e-6  # relative deviation of a loss up to which it is the undisturbed one
 
 # role of the process, and the signal that it gets; "script": what the script is asked to do
 Fault = tuple[str, str]
@@ -40,6 +43,58 @@ ON_GPU: tuple[Fault, ...] = (
     ("script", "illegal access"),
     ("CUDA MPS server", "SIGKILL"), ("CUDA MPS daemon", "SIGKILL"), ("CUDA MPS guard", "SIGKILL"),
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a session goes: for so many minutes, or until each of `faults` was injected.
+
+    within_s: seconds in which a training has to be back.
+    """
+
+    minutes: float
+    faults: tuple[Fault, ...]
+    seed: int
+    workers: int
+    within_s: float
+    on_gpu: bool
+
+    @property
+    def steps(self) -> int:
+        """Of one training."""
+        return STEPS_ON_GPU if self.on_gpu else STEPS
+
+
+def parse_faults(text: str) -> tuple[Fault, ...]:
+    """Read `worker SIGKILL: 20, script illegal access: 5`. Raises `argparse.ArgumentTypeError` for what is no fault."""
+    found: list[Fault] = []
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, _, count = item.partition(":")
+        known = {f"{role} {how}": (role, how) for role, how in ANYWHERE + ON_GPU}
+        if name.strip() not in known or not count.strip().isdigit():
+            raise argparse.ArgumentTypeError(f"expected 'FAULT: COUNT' with a fault of {sorted(known)}, found {item!r}")
+        found += [known[name.strip()]] * int(count)
+    return tuple(found)
+
+
+class Bag:
+    """Where faults come from: any of them for so many seconds, or each exactly as often as asked for."""
+
+    def __init__(self, generator: random.Random, faults: Sequence[Fault], until_s: float = float("inf")) -> None:
+        self._generator, self._faults, self._until_s = generator, [*faults], until_s
+        self._endless = until_s < float("inf")
+
+    def __bool__(self) -> bool:
+        return bool(self._faults) and time.monotonic() < self._until_s
+
+    def draw(self) -> Fault:
+        """The next one."""
+        return self._generator.choice(self._faults)
+
+    def injected(self, fault: Fault) -> None:
+        """It was done; one that could not be done is drawn again."""
+        if not self._endless:
+            self._faults.remove(fault)
 
 
 @dataclass
@@ -62,7 +117,8 @@ class Figures:
     @property
     def is_clean(self) -> bool:
         """Whether everything came back, and nothing was lost or left."""
-        return not self.lost and not self.leftovers and not self.wrong and self.injected == self.recovered
+        is_whole = not self.lost and not self.leftovers and not self.wrong and self.deviation <= SAME
+        return is_whole and self.injected == self.recovered
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures for JSON."""
@@ -113,11 +169,11 @@ def apart(found: float, wanted: float) -> float:
 class Round:
     """One training, disturbed a few times."""
 
-    def __init__(self, figures: Figures, generator: random.Random, faults: tuple[Fault, ...], workers: int) -> None:
+    def __init__(self, figures: Figures, generator: random.Random, faults: Bag, options: Options) -> None:
         self.figures = figures
         self.generator = generator
         self.faults = faults
-        self.workers = workers
+        self.options = options
         self.place = Path(tempfile.mkdtemp(prefix="chaos-"))
         self.runtime = Path(tempfile.mkdtemp(prefix="r-"))
         self.log = self.place / "stderr"
@@ -136,20 +192,20 @@ class Round:
         """Start the launcher, or start it again."""
         paths = os.pathsep.join(filter(None, [str(TRAINING.parents[1]), os.environ.get("PYTHONPATH")]))
         environ = {**os.environ, MARK: self.place.name, "XDG_RUNTIME_DIR": str(self.runtime), "PYTHONPATH": paths}
-        words = ["--lanes", "workers", "--workers", str(self.workers), "--timeout", "5", "--max-restarts", "99"]
-        command = [sys.executable, "-m", "mpsrun", *words, str(TRAINING), str(self.place), str(STEPS)]
+        words = ["--lanes", "workers", "--workers", str(self.options.workers), "--timeout", "5", "--max-restarts", "99"]
+        command = [sys.executable, "-m", "mpsrun", *words, str(TRAINING), str(self.place), str(self.options.steps)]
         with self.log.open("ab") as log:
             self.launcher = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self.figures.launches += 1
 
-    def run(self, until_s: float, disturb: bool = True) -> Journal:
-        """Run the training to its end; returns its journal."""
+    def run(self) -> Journal:
+        """Run the training to its end, disturbed while there are faults; returns its journal."""
         deadline = time.monotonic() + ROUND_S
         self.start()
         while not self.journal.ended and time.monotonic() < deadline:
             self._go_on_for(self.generator.uniform(0.3, 4.0))
-            if disturb and time.monotonic() < until_s and not self.journal.ended:
-                self._disturb()
+            if self.faults and not self.journal.ended:
+                self._disturb(self.faults.draw())
         self._finish()
         return self.journal
 
@@ -168,16 +224,17 @@ class Round:
             self._check_leftovers()
             self.start()
 
-    def _disturb(self) -> None:
-        role, how = self.generator.choice(self.faults)
+    def _disturb(self, fault: Fault) -> None:
+        role, how = fault
         name = f"{role} {how}"
         before = self.journal
         if not self._inject(role, how):
             return
+        self.faults.injected(fault)
         self.figures.injected[name] += 1
         start = time.monotonic()
         reached = max(before.losses, default=-1)
-        while time.monotonic() - start < RECOVER_S:
+        while time.monotonic() - start < self.options.within_s:
             self._start_again_where_gone()
             now = self.journal
             if now.ended or max(now.losses, default=-1) > reached + 1:
@@ -186,7 +243,7 @@ class Round:
                 self.figures.longest_s[name] = round(max(self.figures.longest_s.get(name, 0.0), took_s), 1)
                 return
             time.sleep(0.02)
-        self.figures.wrong.append(f"{self.place.name}: no step within {RECOVER_S:g} s of {name}")
+        self.figures.wrong.append(f"{self.place.name}: no step within {self.options.within_s:g} s of {name}")
 
     def _inject(self, role: str, how: str) -> bool:
         """Do it; False where there is nothing to do it to, as before the first step."""
@@ -272,20 +329,23 @@ class Round:
         return processes + directories
 
 
-def chaos(minutes: float, seed: int, on_gpu: bool, workers: int = 2) -> Figures:
-    """Disturb trainings for so many minutes; what is under way then is finished undisturbed."""
-    figures, generator = Figures(), random.Random(seed)
-    faults = ANYWHERE + ON_GPU if on_gpu else ANYWHERE
-    undisturbed = Round(Figures(), generator, faults, workers)
-    wanted = undisturbed.run(0.0, disturb=False)
+def chaos(options: Options) -> Figures:
+    """Disturb trainings as long as there are faults; what is under way then is finished undisturbed."""
+    figures, generator = Figures(), random.Random(options.seed)
+    undisturbed = Round(Figures(), generator, Bag(generator, ()), options)
+    wanted = undisturbed.run()
     undisturbed.clear()
     if not wanted.ended:
         raise RuntimeError("expected the undisturbed training to end, found that it does not")
-    until_s = time.monotonic() + 60 * minutes
-    while time.monotonic() < until_s:
-        trial = Round(figures, generator, faults, workers)
+    if options.faults:
+        bag = Bag(generator, options.faults)
+    else:
+        faults = ANYWHERE + ON_GPU if options.on_gpu else ANYWHERE
+        bag = Bag(generator, faults, time.monotonic() + 60 * options.minutes)
+    while bag:
+        trial = Round(figures, generator, bag, options)
         wrong_before = len(figures.wrong) + len(figures.leftovers)
-        found = trial.run(until_s)
+        found = trial.run()
         figures.rounds += 1
         figures.restarts += max(0, found.lives - 1)
         figures.steps += len(found.losses)

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 import mpsrun
 
 PAUSE_S = 0.05  # a step of this network takes no time: this leaves the faults some to hit
+# On a GPU a fault should often hit a running kernel.
+ROWS_ON_GPU, PAUSE_ON_GPU_S = 16384, 0.01
 
 
 class Towers(nn.Module):
@@ -52,6 +54,7 @@ def fail(fault: str, device: str) -> None:
 def main() -> None:
     directory, steps = Path(sys.argv[1]), int(sys.argv[2])
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows, pause_s = (ROWS_ON_GPU, PAUSE_ON_GPU_S) if device == "cuda" else (1, PAUSE_S)
     torch.manual_seed(0)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
@@ -70,11 +73,11 @@ def main() -> None:
                     wanted.unlink()
                     fail(fault, device)
                 optimizer.zero_grad()
-                loss = model(batch.to(device)).square().mean()
+                loss = model(batch.to(device).repeat(rows, 1)).square().mean()
                 loss.backward()
                 optimizer.step()
                 journal.write(f"{checkpointer.step} {loss.item()!r}\n")
-                time.sleep(PAUSE_S)
+                time.sleep(pause_s)
         journal.write("end\n")
 
 

@@ -16,6 +16,7 @@ import torch
 from test_choosing import Timed, both, train, tuned, until_decided  # noqa: F401 - `tuned` is a fixture
 
 from mpsrun import config, log
+from mpsrun.checkout import with_package
 from mpsrun.monitor import trace
 from mpsrun.monitor.page import Writer
 from mpsrun.monitor.sample import Sample, Tenant
@@ -26,7 +27,6 @@ from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.tuning import Tuning
 from tests.plan.made import contenders
 
-ROOT = Path(__file__).parents[1]
 MOST_STEPS = 400
 QUIET = Sample(0.0, memory_used_mib=4000, memory_total_mib=80_000, tenants=(), slowed_by=(), sm_percent=50.0)
 
@@ -193,7 +193,7 @@ def test_the_launcher_samples_for_a_script(tmp_path: Path) -> None:
     """From the command line: the lead names its device, and the launcher's samples are in the trace."""
     (tmp_path / "train.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "mpsrun", "--lanes", "workers", "--workers", "1", "--trace", "t.jsonl", "train.py"]
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environ = with_package(os.environ)
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     samples = trace.samples(trace.read(tmp_path / "t.jsonl"))

@@ -37,15 +37,16 @@ BELOW = {
     "plan": {"graph"},
     "graph": set[str](),
     "config": set[str](),
+    "checkout": set[str](),
     "log": set[str](),
     "errors": set[str](),
 }
-OPEN_TO_ALL = {"config", "log", "errors"}
+OPEN_TO_ALL = {"config", "log", "errors", "checkout"}
 ONLY_IN = {"zmq": "wire", "pynvml": "monitor", "cuda": "device"}
 NOWHERE = {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
 PURE = ("graph", "plan")
 EFFECTS = {"subprocess", "socket", "multiprocessing", "threading", "signal", "psutil", "ctypes"}
-WITHOUT_TORCH = ("cli", "launch", "daemon", "monitor", "mps", "config", "log", "errors")
+WITHOUT_TORCH = ("cli", "launch", "daemon", "monitor", "mps", *sorted(OPEN_TO_ALL))
 
 FILES = sorted(ROOT.rglob("*.py"))
 

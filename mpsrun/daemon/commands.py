@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from mpsrun.checkout import with_package
 from mpsrun.daemon import run
 from mpsrun.daemon.settings import Settings
 from mpsrun.daemon.status import Status, status
@@ -112,7 +113,7 @@ def _start(request: _Request) -> int:
             stdout=log,
             stderr=log,
             start_new_session=True,
-            env=_with_package(),
+            env=with_package(os.environ),
             cwd="/",
         )
     deadline = time.monotonic() + START_S
@@ -172,15 +173,6 @@ def _status(request: _Request) -> int:
 def _passed_on(request: _Request) -> list[str]:
     system = ["--system"] if "--system" in request.flags else []
     return [*system, *(["--config", str(request.config)] if request.config is not None else [])]
-
-
-def _with_package() -> dict[str, str]:
-    """Let the daemon find mpsrun where only our working directory or PYTHONPATH had it, as in a checkout."""
-    root = Path(__file__).parents[2]
-    if root.name in ("site-packages", "dist-packages"):
-        return dict(os.environ)
-    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _said(log: Path, begin: int) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from mpsrun.checkout import with_package
 from mpsrun.config import SOCKET_PATH_LIMIT_BYTES
 from mpsrun.doctor.check import Check
 from mpsrun.errors import MpsrunError
@@ -241,7 +242,7 @@ def run_all(environ: Mapping[str, str] | None = None) -> list[Check]:
 def _round_trip(kind: str) -> float | str:
     """Run roundtrip.py in processes of its own, which are ended whatever they hang in."""
     command = [sys.executable, "-P", "-m", "mpsrun.doctor.roundtrip", kind]
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [_root(), os.environ.get("PYTHONPATH")]))}
+    environ = with_package(os.environ)
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environ, process_group=0
     ) as process:
@@ -254,8 +255,3 @@ def _round_trip(kind: str) -> float | str:
         return float(out)
     lines = errors.decode(errors="replace").strip().splitlines()
     return lines[-1] if lines else f"exit status {process.returncode}"
-
-
-def _root() -> str:
-    root = Path(__file__).parents[2]
-    return "" if root.name in ("site-packages", "dist-packages") else str(root)

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+from mpsrun.checkout import with_package
 from mpsrun.config import Config
 from mpsrun.errors import UsageError
 from mpsrun.launch.family import parent_env
@@ -94,16 +95,7 @@ def _spawn_own(
         stdin=stdin,
         stdout=log,
         stderr=subprocess.STDOUT,
-        env=_with_package({**environ, **parent_env(parent_pid)}),
+        env=with_package({**environ, **parent_env(parent_pid)}),
         process_group=0,
         bufsize=0,
     )
-
-
-def _with_package(environ: Mapping[str, str]) -> dict[str, str]:
-    """Let a child find mpsrun where only our working directory or PYTHONPATH had it, as in a checkout."""
-    root = Path(__file__).parents[2]
-    if root.name in ("site-packages", "dist-packages"):
-        return dict(environ)
-    paths = [str(root), *filter(None, [environ.get("PYTHONPATH")])]
-    return {**environ, "PYTHONPATH": os.pathsep.join(paths)}

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from mpsrun.checkout import with_package
 from mpsrun.mps.control import Control
 from mpsrun.mps.places import Places, Record
 from tests.mps.conftest import put_fake_program
 
-ROOT = Path(__file__).parents[2]
 DEADLINE_S = 20.0
 
 
@@ -27,7 +27,7 @@ class Daemons:
 
     def command(self, *words: str, **more: str) -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, "-m", "mpsrun", "daemon", *words]
-        environ = {**os.environ, "PYTHONPATH": str(ROOT), **more}
+        environ = {**with_package(os.environ), **more}
         return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
 
     def start(self, *words: str, **more: str) -> Record:

@@ -14,13 +14,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mpsrun.checkout import with_package
 from mpsrun.config import Config
 from mpsrun.launch.spawn import spawn_guard
 from mpsrun.mps.control import PIPE_DIRECTORY, Control, ControlError
 from mpsrun.mps.identity import Identity
 from mpsrun.mps.lifecycle import cuda_mps
 from mpsrun.mps.places import Record
-from tests.daemon.conftest import ROOT, Daemons
+from tests.daemon.conftest import Daemons
 
 
 def test_start_status_stop(daemons: Daemons, client: "subprocess.Popen[bytes]") -> None:
@@ -193,7 +194,7 @@ def test_without_the_binary(daemons: Daemons, monkeypatch: pytest.MonkeyPatch) -
 
 
 def _in_foreground(daemons: Daemons, *words: str, **more: str) -> "subprocess.Popen[bytes]":
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), **more}
+    environ = {**with_package(os.environ), **more}
     return subprocess.Popen([sys.executable, "-m", "mpsrun", "daemon", "run", *words], env=environ)
 
 

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from mpsrun.checkout import with_package
 from mpsrun.doctor import checks, command, roundtrip
 from mpsrun.doctor.checks import Machine
 from mpsrun.errors import UsageError
 from mpsrun.monitor import nvml
 from tests.monitor.fake_pynvml import FakeNvml
-
-ROOT = Path(__file__).parents[2]
 
 
 def by_name(environ: dict[str, str] | None = None) -> dict[str, checks.Check]:
@@ -29,7 +28,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_command_on_this_machine() -> None:
     """A real round trip between two processes is part of it."""
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environ = with_package(os.environ)
     done = subprocess.run(
         [sys.executable, "-m", "mpsrun", "doctor", "--json"], env=environ, capture_output=True, text=True, timeout=120
     )

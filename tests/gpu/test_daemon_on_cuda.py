@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mpsrun.checkout import with_package
 from mpsrun.config import Config
 from mpsrun.monitor import nvml
 from mpsrun.monitor.page import Reader
@@ -18,13 +19,12 @@ from mpsrun.monitor.sampler import sampling
 from mpsrun.mps.places import Places, Record
 
 pytestmark = pytest.mark.gpu
-ROOT = Path(__file__).parents[2]
 KILLS = 20
 CLIENT = "import torch; torch.zeros(1, device='cuda'); print('up', flush=True); input()"
 
 
 def command(*words: str) -> "subprocess.CompletedProcess[str]":
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environ = with_package(os.environ)
     program = [sys.executable, "-m", "mpsrun", "daemon", *words]
     return subprocess.run(program, env=environ, capture_output=True, text=True, timeout=60)
 
