@@ -24,20 +24,32 @@ class Towers(nn.Module):
         return self.head(torch.cat([tower(x).mean(1) for tower in self.towers], 1))
 
 
+class Training:
+    """The network, its optimizer and one batch."""
+
+    def __init__(self) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = Towers().to(device)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-3)
+        self.x, self.y = torch.randn(4, 128, 256, device=device), torch.randint(10, (4,), device=device)
+        self.loss = torch.zeros(())
+
+    def step(self) -> None:
+        """One step."""
+        self.optimizer.zero_grad()
+        self.loss = nn.functional.cross_entropy(self.model(self.x), self.y)
+        self.loss.backward()
+        self.optimizer.step()
+
+
 def main() -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Towers().to(device)
-    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
-    x, y = torch.randn(4, 128, 256, device=device), torch.randint(10, (4,), device=device)
+    training = Training()
     end_s = time.monotonic() + float(sys.argv[1])
     steps = 0
     while time.monotonic() < end_s:
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.step()
+        training.step()
         steps += 1
-        if steps % 50 == 0 and not torch.isfinite(loss):
+        if steps % 50 == 0 and not torch.isfinite(training.loss):
             sys.exit("the loss is not finite")
     print(steps)
 

@@ -100,7 +100,7 @@ def test_the_monitor_sees_the_gpu_and_costs_little(tmp_path: Path) -> None:
     import torch
 
     busy = torch.randn(4096, 4096, device="cuda")
-    config = Config(run_dir=tmp_path)
+    config = Config(run_dir=tmp_path, adapt="auto")
     seen: list[Sample] = []
     with sampling(config):
         config.watched_gpu.write_text(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
@@ -112,7 +112,7 @@ def test_the_monitor_sees_the_gpu_and_costs_little(tmp_path: Path) -> None:
             torch.cuda.synchronize()
             if (sample := reader.fresh()) is not None:
                 seen.append(sample)
-    assert len(seen) > 20
+    assert len(seen) > 10
     last = seen[-1]
     assert (last.memory_used_mib or 0) > 0
     assert (last.power_w or 0) > 50
