@@ -20,7 +20,7 @@ import mpsrun
 
 PAUSE_S = 0.05  # a step of this network takes no time: this leaves the faults some to hit
 # On a GPU a fault should often hit a running kernel.
-ROWS_ON_GPU, PAUSE_ON_GPU_S = 16384, 0.01
+ROWS_ON_GPU, PAUSE_ON_GPU_S = 65536, 0.0
 
 
 class Towers(nn.Module):
