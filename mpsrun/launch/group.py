@@ -45,6 +45,7 @@ class Watch:
 
     config: Config
     mps: Service
+    keeper: Keeper
     lead: "subprocess.Popen[bytes]"
     workers: list[Worker]
     failures: list[Failure] = field(default_factory=list)
@@ -63,6 +64,7 @@ class Watch:
             if stopped is not None:
                 signals.stop_with(stopped.si_status)
             self._look()
+            self.keeper.look()
             info = signal.sigtimedwait(signals.WATCHED, look_at(self.workers, self._patience_s()))
             if info is not None:
                 self._take(info)
@@ -125,7 +127,7 @@ def run_group(
         lead = spawn_lead(config, target, os.getpid(), mask, extra)
         keeper.lead(lead.pid)
         try:
-            return Watch(config, mps, lead, workers).until_end()
+            return Watch(config, mps, keeper, lead, workers).until_end()
         finally:
             keeper.no_lead()
             end([lead], release=mps.release)

@@ -12,8 +12,9 @@ import os
 import select
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 from mpsrun.launch.leftovers import clear, end_processes, note
 from mpsrun.mps.identity import Identity
@@ -25,23 +26,37 @@ _NO_LEAD = b"none\n"
 
 
 class Keeper:
-    """The launcher's end of the pipe."""
+    """The launcher's end of the pipe. `start` starts a keeper: the first one, and another where one was killed."""
 
-    def __init__(self, run_dir: Path, process: "subprocess.Popen[bytes]") -> None:
+    def __init__(self, run_dir: Path, start: "Callable[[], subprocess.Popen[bytes]]") -> None:
         self._run_dir = run_dir
-        self._process = process
-        assert process.stdin is not None
-        self._pipe = process.stdin
+        self._start = start
+        self._process = start()
+        self._last = _NO_LEAD
+
+    def look(self) -> None:
+        """Start another keeper where this one has ended."""
+        if self._process.poll() is not None:
+            self._pipe.close()
+            self._process = self._start()
+            self._tell(self._last)
+
+    @property
+    def _pipe(self) -> IO[bytes]:
+        assert self._process.stdin is not None, "it is started with a pipe"
+        return self._process.stdin
 
     def lead(self, pid: int) -> None:
         """Have the others end with this process, which is noted, too."""
         note(self._run_dir, pid)
         if (identity := Identity.of(pid)) is not None:
-            self._tell(f"{identity}\n".encode())
+            self._last = f"{identity}\n".encode()
+            self._tell(self._last)
 
     def no_lead(self) -> None:
         """The launcher knows that the lead has ended, and ends the others itself."""
-        self._tell(_NO_LEAD)
+        self._last = _NO_LEAD
+        self._tell(self._last)
 
     def dismiss(self) -> None:
         """The run is over and nothing is left to clear."""
@@ -51,14 +66,14 @@ class Keeper:
         self._process.wait()
 
     def _tell(self, line: bytes) -> None:
-        with contextlib.suppress(BrokenPipeError):  # somebody has killed it; the parent-death signal is left
+        with contextlib.suppress(BrokenPipeError):  # somebody has killed it; the next look starts another
             self._pipe.write(line)
 
 
 @contextlib.contextmanager
-def keeping(run_dir: Path, process: "subprocess.Popen[bytes]") -> Iterator[Keeper]:
+def keeping(run_dir: Path, start: "Callable[[], subprocess.Popen[bytes]]") -> Iterator[Keeper]:
     """Yield the keeper's other end; it is dismissed at the end."""
-    keeper = Keeper(run_dir, process)
+    keeper = Keeper(run_dir, start)
     try:
         yield keeper
     finally:

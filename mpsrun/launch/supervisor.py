@@ -61,8 +61,10 @@ def supervise(config: Config, target: Target, hardware: Hardware) -> Ending:
 @contextlib.contextmanager
 def _kept_run_dir() -> Iterator[tuple[Path, Keeper]]:
     """Make the run directory, and start who clears it should this process die."""
-    with private_run_dir() as run_dir, keeping(run_dir, spawn_keeper(run_dir, os.getpid())) as keeper:
-        yield run_dir, keeper
+    with private_run_dir() as run_dir:
+        start = functools.partial(spawn_keeper, run_dir, os.getpid())
+        with keeping(run_dir, start) as keeper:
+            yield run_dir, keeper
 
 
 def _renew(config: Config, mps: Service, outcome: Outcome, name: str, count: int) -> bool:

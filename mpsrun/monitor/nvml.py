@@ -98,6 +98,8 @@ class Gpu:
             self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
         except pynvml.NVMLError as error:
             raise Unavailable(f"NVML knows no GPU {uuid}: {error}") from None
+        # It does not change, and takes longer to tell than all the rest together.
+        self._max_clock_mhz = self._ask(lambda: pynvml.nvmlDeviceGetMaxClockInfo(self._handle, pynvml.NVML_CLOCK_SM))
         self._gpm_problem = ""
         self._gpm_samples: list[Any] = []
         self._gpm_query: Any = None
@@ -125,7 +127,7 @@ class Gpu:
             "power_w": None if power_mw is None else power_mw / 1000,
             "power_limit_w": None if limit_mw is None else limit_mw / 1000,
             "sm_clock_mhz": self._ask(lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)),
-            "sm_clock_max_mhz": self._ask(lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM)),
+            "sm_clock_max_mhz": self._max_clock_mhz,
             "temperature_c": self._ask(lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
             "slowed_by": None if reasons is None else tuple(t for bit, t in _SLOWED_BY.items() if reasons & bit),
             **self._read_gpm(),

@@ -103,7 +103,8 @@ class State:
     changed_s: when a plan was changed or tried last, None for just now. why: of the preparation or trial under way.
     before: the plan until then, is_look: whether the trial has no other reason than to look again. fruitless: other
     trials in a row that changed nothing; sheds: plans given up for memory; doubts: looks in a row that found no better
-    plan. drifted_s, drifts: since when, and in how many looks, step times have drifted.
+    plan. drifted_s, drifts: since when, and in how many looks, step times have drifted. tried_s: when the last trial
+    ended.
     """
 
     tuning: tuner.State
@@ -124,6 +125,7 @@ class State:
     look_again_s: float | None = None
     drifted_s: float | None = None
     drifts: int = 0
+    tried_s: float = 0.0
 
     @property
     def decided(self) -> int | None:
@@ -207,6 +209,7 @@ def _end_trial(state: State, chosen: int) -> State:
         state = replace(state, home=chosen, home_load=state.under)
     if state.before is None:
         return replace(state, home_load=state.watched.load, under=state.watched.load)
+    state = replace(state, tried_s=state.now_s)
     has_changed = chosen != state.before
     if has_changed:
         state = replace(state, fruitless=0, doubts=0)
@@ -273,8 +276,12 @@ def _follow_load(state: State, load: Load) -> Step:
         return _go_home(state, why)
     if load.tight:
         return replace(state, under=load), ()
+    if load.tenants == state.under.tenants and state.watched.first_s(state.under) <= state.tried_s:
+        return replace(state, under=load), ()  # it came with what the last trial was for
     came = load.tenants != state.under.tenants  # that is worth a look whatever came of others
-    if not came and state.since_change_s < _patience_s(state.fruitless):
+    # What is going right now may be more than that.
+    is_early = state.watched.is_changing or state.since_change_s < _patience_s(state.fruitless)
+    if not came and is_early:
         return state, ()
     return _prepare(replace(state, under=load, is_look=False), why)
 

@@ -1,7 +1,7 @@
 """What else goes on on the GPU, told from readings that flicker: a state counts once it has held for a while."""
 
 from dataclasses import dataclass, field, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 Value = TypeVar("Value")
 
@@ -40,11 +40,15 @@ class Load:
 
 @dataclass(frozen=True)
 class Held(Generic[Value]):
-    """A value that changes once another one has held for long enough; `since_s`: since when that one has."""
+    """A value that changes once another one has held for long enough; `since_s`: since when that one has.
+
+    first_s: when the value itself was seen first.
+    """
 
     value: Value
     other: Value
     since_s: float = 0.0
+    first_s: float = 0.0
 
     def seen(self, found: Value, now_s: float, hold_s: float) -> "Held[Value]":
         """What is held after `found` was seen."""
@@ -52,8 +56,8 @@ class Held(Generic[Value]):
             return replace(self, other=found)
         since_s = self.since_s if found == self.other else now_s
         if now_s - since_s >= hold_s:
-            return Held(found, found, now_s)
-        return Held(self.value, found, since_s)
+            return Held(found, found, now_s, since_s)
+        return replace(self, other=found, since_s=since_s)
 
 
 def _off() -> Held[bool]:
@@ -78,8 +82,16 @@ class Watched:
     @property
     def is_changing(self) -> bool:
         """Whether something was seen that does not count yet."""
-        held = (self.tenants, self.slowed, self.tight, self.busy)
-        return any(one.value != one.other for one in held)
+        return any(one.value != one.other for one in self._held)
+
+    def first_s(self, before: Load) -> float:
+        """When what differs from an earlier load was seen first, the last of it; 0 where nothing differs."""
+        pairs = zip(self._held, (before.tenants, before.slowed, before.tight, before.busy), strict=True)
+        return max((one.first_s for one, value in pairs if one.value != value), default=0.0)
+
+    @property
+    def _held(self) -> tuple[Held[Any], ...]:
+        return self.tenants, self.slowed, self.tight, self.busy
 
     def seen(self, reading: Reading, now_s: float) -> "Watched":
         """What is held after a reading; what it does not tell stays as it was. The first one counts at once."""

@@ -3,16 +3,21 @@
 import itertools
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from made import PATIENT, contenders
 
+from mpsrun.monitor import trace
+from mpsrun.monitor.sample import Sample
 from mpsrun.plan import adapt, tuner
 from mpsrun.plan.load import Held, Load, Reading, Watched
+from mpsrun.run.eyes import reading_of
 
 QUIET = Reading(tenants=frozenset(), tenants_mib=0, slowed_by=(), free_mib=40_000, total_mib=80_000, sm_percent=50.0)
 TENANT = replace(QUIET, tenants=frozenset({77}), tenants_mib=2048)
@@ -20,6 +25,7 @@ SERIAL, STREAMS, WORKERS = 0, 1, 2
 MS = {SERIAL: 40.0, STREAMS: 30.0, WORKERS: 20.0}  # when it is quiet
 MS_BESIDE_A_TENANT = {SERIAL: 50.0, STREAMS: 45.0, WORKERS: 80.0}
 PREPARING_STEPS = 4
+TRACES = Path(__file__).parent / "traces"
 
 
 @dataclass
@@ -115,6 +121,61 @@ def test_a_tenant_comes_and_goes() -> None:
     simulation.run(20)
     assert simulation.plan() == WORKERS
     assert simulation.decisions_since(begin) == ["process 77 left the GPU: back to plan 2"]
+
+
+class Replay(Simulation):
+    """Steps under what NVML told on an H100 while another process came and went, every sample at its time."""
+
+    def follow(self, name: str, ms_by_load: Callable[[Sample], dict[int, float]]) -> "Replay":
+        begin_s = self.now_s
+        samples = trace.samples(trace.read(TRACES / f"{name}.jsonl"))
+        self.seen: list[tuple[float, int | None, Sample]] = []
+        for sample in samples:
+            self.reading, self.ms = reading_of(sample), ms_by_load(sample)
+            self.step()
+            self.reading = None
+            while self.now_s < begin_s + sample.at_s - samples[0].at_s:
+                self.step()
+            self.seen.append((self.now_s, self.plan(), sample))
+        return self
+
+    def times_of(self, is_there: Callable[[Sample], bool]) -> tuple[float, float]:
+        """When the other process was first seen, and when it was no longer seen."""
+        there = [at_s for at_s, _, sample in self.seen if is_there(sample)]
+        return there[0], there[-1]
+
+
+def has_tenant(sample: Sample) -> bool:
+    return bool(sample.tenants)
+
+
+@pytest.mark.parametrize("name", ["client", "outside"])
+def test_a_recorded_tenant_is_followed(name: str) -> None:
+    """Another plan within ten seconds of its coming, the first one again within twenty of its leaving."""
+    replay = Replay().follow(name, lambda sample: dict(MS_BESIDE_A_TENANT if has_tenant(sample) else MS))
+    came_s, left_s = replay.times_of(has_tenant)
+    assert {plan for at_s, plan, _ in replay.seen if came_s - 5 < at_s < came_s} == {WORKERS}
+    assert {plan for at_s, plan, _ in replay.seen if came_s + 10 < at_s < left_s} == {STREAMS}
+    assert {plan for at_s, plan, _ in replay.seen if at_s > left_s + 20} == {WORKERS}
+    decided = [line for at_s, line in replay.lines if at_s > came_s and ("keeps" in line or "back to" in line)]
+    assert len(decided) <= 4
+
+
+@pytest.mark.parametrize("name", ["client", "outside"])
+def test_a_recorded_tenant_that_changes_nothing_costs_one_trial(name: str) -> None:
+    """As it was when this was recorded: the plan at hand was the fastest one beside the tenant, too."""
+    slower = {plan: 4 * ms for plan, ms in MS.items()}
+    replay = Replay().follow(name, lambda sample: slower if has_tenant(sample) else dict(MS))
+    came_s, _ = replay.times_of(has_tenant)
+    assert {plan for at_s, plan, _ in replay.seen if at_s > came_s and plan is not None} == {WORKERS}
+    assert len([line for at_s, line in replay.lines if at_s > came_s and "tries" in line]) == 1
+
+
+def test_a_recorded_memory_hog_takes_the_workers() -> None:
+    replay = Replay().follow("memory", lambda _: dict(MS))
+    came_s, left_s = replay.times_of(lambda sample: bool(sample.tenants and (sample.tenants[0].memory_mib or 0) > 7e4))
+    assert {plan for at_s, plan, _ in replay.seen if came_s + 3 < at_s < left_s} == {STREAMS}
+    assert {plan for at_s, plan, _ in replay.seen if at_s > left_s + 20} == {WORKERS}
 
 
 def test_without_nvml_step_times_alone_do_it() -> None:

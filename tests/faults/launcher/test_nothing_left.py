@@ -109,9 +109,22 @@ def test_a_killed_keeper_does_not_matter(runner: Runner) -> None:
     assert run.launcher.returncode == -signal.SIGTERM
 
 
+def test_a_killed_keeper_is_replaced(runner: Runner) -> None:
+    """The next one knows the lead, and does what the first one would have done."""
+    run = Run(runner, "no parent-death signal")
+    first = run.role("keeper")
+    first.kill()
+    start = time.monotonic()
+    wait_for(lambda: [p for p in children(run.launcher.pid) if "keeper" in p.cmdline() and p != first] != [], start)
+    run.family = children(run.launcher.pid)
+    run.launcher.kill()
+    run.assert_gone(time.monotonic())
+
+
 def test_launcher_and_keeper_killed_at_once(runner: Runner) -> None:
     """What is tied to the launcher dies with it; what is not, and the directory, with the next start."""
     run = Run(runner, "no parent-death signal")
+    run.launcher.send_signal(signal.SIGSTOP)  # else it might have started another keeper by then
     run.role("keeper").kill()
     run.launcher.kill()
     lead = psutil.Process(run.lead)
