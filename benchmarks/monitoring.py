@@ -1,4 +1,4 @@
-"""What the monitor costs a training step: with it and without it, in turns, in one run under `mpsrun --adapt auto`.
+"""What the monitor costs a training step: with it and without it, in turns, in one run under `mpsrun`.
 
 monitoring.py [ROUNDS]
 """
@@ -39,7 +39,7 @@ class Monitor:
     def __init__(self) -> None:
         self._settings = config.current()
         if not self._settings.watched_gpu.exists():
-            sys.exit("expected a network that is tuned under mpsrun --adapt auto, found none; its lines say why")
+            sys.exit("expected a network that is tuned under mpsrun, found none; its lines say why")
         self._gpu = self._settings.watched_gpu.read_text()
 
     def sleep(self) -> None:

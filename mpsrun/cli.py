@@ -35,7 +35,8 @@ Options before the script are mpsrun's; everything after it is the script's.
   --plan FILE                  follow the plan in this file instead of tuning
   --save-plan FILE             write the plan that each network ends up with
   --verify N                   compute the first N steps on lanes plainly, too; stop with status 4 where they differ
-  --adapt off|auto             auto: change the plan when other load, heat or missing memory make another one faster
+  --adapt auto|on|off          change the plan when other load, heat or missing memory make another one faster;
+                               auto: on a GPU
   --trace FILE                 append what was sampled of the GPU, every step and every decision, as JSON lines
   --max-restarts N             start the script again after a failure, N times at most (default 0); it should go on
                                from a checkpoint, see mpsrun.Checkpointer
@@ -262,7 +263,7 @@ _OPTIONS: dict[str, Callable[[str, str], Any] | None] = {
     "verify": _count,
     "steps": _count,
     "max_restarts": _whole,
-    "adapt": _choice("auto", "off"),
+    "adapt": _choice("auto", "on", "off"),
     "trace": _path_of_a_file,
     "json": None,
     "strict": None,

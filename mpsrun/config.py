@@ -24,7 +24,7 @@ REPORTED = 70  # exit status of a worker that told the lead why it ends (EX_SOFT
 Lanes = Literal["auto", "serial", "streams", "captured", "workers"]
 Switch = Literal["auto", "on", "off"]
 Capture = Literal["auto", "off"]
-Adapt = Literal["auto", "off"]
+Adapt = Literal["auto", "on", "off"]
 Explain = Literal["", "text", "json"]
 
 
@@ -37,7 +37,8 @@ class Config:
     save_plan: files to read plans from and to write them to.
     explain: the form in which the networks are explained, if at all; steps: after which the script is stopped then.
     max_restarts: how often the script is started again after a failure.
-    adapt: whether plans change when the load of the GPU does. trace: file that takes what was sampled and decided.
+    adapt: whether plans change when the load of the GPU does; auto: where there is a GPU. trace: file that takes what
+    was sampled and decided.
     run_dir: the private directory of this run, None before the launcher made it and where there is no launcher.
     """
 
@@ -56,7 +57,7 @@ class Config:
     explain: Explain = ""
     steps: int = 120
     max_restarts: int = 0
-    adapt: Adapt = "off"  # until it has been measured on a GPU
+    adapt: Adapt = "auto"
     trace: Path | None = None
     run_dir: Path | None = None
 

@@ -66,7 +66,7 @@ def load(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> Iterator[Load]:
-    settings = dataclasses.replace(config.current(), adapt="auto", run_dir=tmp_path, trace=tmp_path / "trace.jsonl")
+    settings = dataclasses.replace(config.current(), adapt="on", run_dir=tmp_path, trace=tmp_path / "trace.jsonl")
     monkeypatch.setattr(config, "current", lambda: settings)
     eyes_module.eyes.cache_clear()
     made = Load(settings.sample_page, monkeypatch)

@@ -46,7 +46,8 @@ def supervise(config: Config, target: Target, hardware: Hardware) -> Ending:
         config = replace(config, run_dir=run_dir)
         make_log_dir(config)
         start_guard = functools.partial(spawn_guard, parent_pid=os.getpid())
-        with cuda_mps(config, hardware.kind == "nvidia", hardware.reason, start_guard) as mps, sampling(config):
+        has_gpu = hardware.kind == "nvidia"
+        with cuda_mps(config, has_gpu, hardware.reason, start_guard) as mps, sampling(config, has_gpu):
             start = functools.partial(run_group, config, target, mps, keeper, mask)
             extra = _shared_cores(config, hardware)
             outcome = start(extra | environment(0, config.max_restarts))

@@ -120,9 +120,10 @@ class Sampler:
 
 
 @contextlib.contextmanager
-def sampling(config: Config) -> Iterator[None]:
+def sampling(config: Config, has_gpu: bool) -> Iterator[None]:
     """Sample while the body runs, once the lead asks for it; where nobody will, do nothing."""
-    if config.lanes == "serial" or (config.adapt == "off" and config.trace is None):
+    adapts = config.adapt == "on" or (config.adapt == "auto" and has_gpu)
+    if config.lanes == "serial" or not (adapts or config.trace is not None):
         yield
         return
     sampler = Sampler(config)

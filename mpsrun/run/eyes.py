@@ -26,7 +26,7 @@ class Eyes:
 
     def __init__(self, kind: str) -> None:
         settings = config.current()
-        self.adapts = settings.adapt == "auto"
+        self.adapts = settings.adapt == "on" or (settings.adapt == "auto" and kind == "cuda")
         self._trace = Trace(settings.trace) if settings.trace is not None else None
         self._reader: Reader | None = None
         self._reading = Reading()

@@ -100,9 +100,9 @@ def test_the_monitor_sees_the_gpu_and_costs_little(tmp_path: Path) -> None:
     import torch
 
     busy = torch.randn(4096, 4096, device="cuda")
-    config = Config(run_dir=tmp_path, adapt="auto")
+    config = Config(run_dir=tmp_path)
     seen: list[Sample] = []
-    with sampling(config):
+    with sampling(config, has_gpu=True):
         config.watched_gpu.write_text(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
         reader = Reader(config.sample_page)
         deadline = time.monotonic() + 8

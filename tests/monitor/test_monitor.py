@@ -48,7 +48,7 @@ def test_a_sample_has_everything(fake_nvml: FakeNvml, config: Config, child: "su
     fake_nvml.processes = {child.pid: 600, 1: 2000}
     fake_nvml.mps_processes = {child.pid: 700, 2: None}
     fake_nvml.reasons = 0x1 | 0x4 | 0x40
-    with sampling(config):
+    with sampling(config, has_gpu=True):
         config.watched_gpu.write_text(fake_nvml.uuid)
         reader = Reader(config.sample_page)
         first, second = next_sample(reader), next_sample(reader)
@@ -100,7 +100,7 @@ def test_what_is_missing_is_left_out_and_told(
 ) -> None:
     for field, value in changes.items():
         setattr(fake_nvml, field, value)
-    with sampling(config):
+    with sampling(config, has_gpu=True):
         config.watched_gpu.write_text(FakeNvml().uuid)
         reader = Reader(config.sample_page)
         next_sample(reader)
@@ -120,7 +120,7 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_gpu_that_is_lost_in_mid_run(fake_nvml: FakeNvml, config: Config, capfd: pytest.CaptureFixture[str]) -> None:
-    with sampling(config):
+    with sampling(config, has_gpu=True):
         config.watched_gpu.write_text(fake_nvml.uuid)
         reader = Reader(config.sample_page)
         assert next_sample(reader).has_gpu
@@ -133,7 +133,7 @@ def test_a_gpu_that_is_lost_in_mid_run(fake_nvml: FakeNvml, config: Config, capf
 
 
 def test_a_script_that_is_started_again_is_watched_again(fake_nvml: FakeNvml, config: Config) -> None:
-    with sampling(config):
+    with sampling(config, has_gpu=True):
         for _ in range(2):
             config.watched_gpu.write_text(fake_nvml.uuid)
             assert next_sample(Reader(config.sample_page)).has_gpu
@@ -143,13 +143,14 @@ def test_a_script_that_is_started_again_is_watched_again(fake_nvml: FakeNvml, co
 
 
 def test_nobody_asks_and_nothing_is_opened(fake_nvml: FakeNvml, config: Config) -> None:
-    with sampling(config):
+    with sampling(config, has_gpu=True):
         time.sleep(3 * sampler.WAIT_S)
     assert fake_nvml.calls == []
     assert not config.sample_page.exists()
     with (
-        sampling(Config(lanes="serial", run_dir=config.run_dir)),
-        sampling(Config(adapt="off", run_dir=config.run_dir)),
+        sampling(Config(lanes="serial", run_dir=config.run_dir), has_gpu=True),
+        sampling(Config(adapt="off", run_dir=config.run_dir), has_gpu=True),
+        sampling(Config(run_dir=config.run_dir), has_gpu=False),
     ):
         assert not any(thread.name == "mpsrun-monitor" for thread in threading.enumerate())
 
