@@ -22,6 +22,7 @@ from mpsrun.monitor.sample import Sample, Tenant
 from mpsrun.monitor.trace import Sampled, Trace
 
 INTERVAL_S = 0.1
+PROCESSES_S = 0.5  # who else is there is asked less often: it takes the driver longest where there are many
 MOST_OF_A_CORE = 0.008
 WAIT_S = 0.25
 END_S = 2.0
@@ -37,6 +38,8 @@ class Sampler:
         self._config = config
         self._ending = threading.Event()
         self._launcher = os.getpid()
+        self._asked_s = 0.0  # when processes were asked for last, and what the answer was
+        self._others: dict[str, Any] = {}
         self._known: dict[int, bool] = {}  # by pid, whether a process is one of this run or a server of CUDA MPS
         self._thread = threading.Thread(target=self._run, name="mpsrun-monitor", daemon=True)
 
@@ -71,6 +74,7 @@ class Sampler:
             if trace is not None:
                 stack.callback(trace.close)
             gpu, problem = self._open(stack, uuid)
+            self._asked_s = 0.0
             while not self._ending.is_set() and self._config.sample_page.exists():  # gone where the lead starts again
                 begin_s = time.thread_time()
                 sample, gpu = self._sample(gpu, problem)
@@ -102,10 +106,16 @@ class Sampler:
         if gpu is None:
             return Sample(**host, problem=problem), None
         try:
-            return Sample(**host, problem=gpu.problem, **gpu.read(), **self._split(gpu.processes())), gpu
+            return Sample(**host, problem=gpu.problem, **gpu.read(), **self._who(gpu)), gpu
         except nvml.Unavailable as error:
             say(f"{error}; it is no longer watched, plans adapt by step times alone")
             return Sample(**host, problem=str(error)), None
+
+    def _who(self, gpu: nvml.Gpu) -> dict[str, Any]:
+        """Our own processes and tenants, as they were half a second ago at most."""
+        if time.monotonic() - self._asked_s >= PROCESSES_S:
+            self._asked_s, self._others = time.monotonic(), self._split(gpu.processes())
+        return self._others
 
     def _split(self, processes: dict[int, int | None] | None) -> dict[str, Any]:
         """Tell our own processes from tenants."""
