@@ -65,41 +65,46 @@ class Keeper:
 
 
 class _Row:
-    """The dense gradients of one dtype, side by side, small ones first. Strides stay as they are."""
+    """The dense gradients of one dtype, side by side: vectors, other small ones, large ones. Strides stay as they are."""
 
     def __init__(self, places: Sequence[int], gradients: Gradients) -> None:
         given: dict[int, Any] = {i: gradients[i] for i in places}
+        step = max(1, ALIGN_BYTES // given[places[0]].element_size())
         large = [i for i in places if given[i].nbytes >= LARGE_BYTES]
-        small = [i for i in places if i not in large]
-        self.places = [*small, *large]
-        self._small, self._large = small, large
+        vectors = [i for i in places if i not in large and given[i].dim() == 1 and given[i].numel() % step == 0]
+        others = [i for i in places if i not in large and i not in vectors]
+        self.places = [*vectors, *others, *large]
+        self._small = len(vectors) + len(others)
+        self._vectors = [given[i].numel() for i in vectors]
         ordered = [given[i] for i in self.places]
-        step = max(1, ALIGN_BYTES // ordered[0].element_size())
         room = [-(-gradient.numel() // step) * step for gradient in ordered]
         starts = [*itertools.accumulate(room, initial=0)]
-        self._starts, self._small_size, self._size = starts[:-1], starts[len(small)], starts[-1]
-        self._shapes = [tuple(gradient.shape) for gradient in ordered]
-        self._strides = [gradient.stride() for gradient in ordered]
+        self._vectors_size, self._small_size, self._size = starts[len(vectors)], starts[self._small], starts[-1]
+        self._shaped = [
+            (tuple(gradient.shape), gradient.stride(), start)
+            for gradient, start in zip(ordered[len(vectors) :], starts[len(vectors) :], strict=False)
+        ]
 
     def gather(self, gradients: Gradients) -> tuple[torch.Tensor, list[torch.Tensor]]:
         given: list[Any] = [gradients[i] for i in self.places]
-        count = len(self._small)
         together = given[0].new_empty(self._small_size)
-        if count:
-            torch._foreach_copy_(self._parts(together, count), given[:count])
-        return together, given[count:]
+        if self._small:
+            torch._foreach_copy_(self._parts(together, self._small), given[: self._small])
+        return together, given[self._small :]
 
     def copies(self, small: torch.Tensor, large: list[torch.Tensor]) -> list[torch.Tensor]:
         whole = small.new_empty(self._size)
         parts = self._parts(whole, len(self.places))
         _reinterpret(whole, (self._small_size,), (1,), 0).copy_(small)
         if large:
-            torch._foreach_copy_(parts[len(self._small) :], large)
+            torch._foreach_copy_(parts[self._small :], large)
         return parts
 
     def _parts(self, whole: torch.Tensor, count: int) -> list[torch.Tensor]:
-        shapes = self._shapes[:count]
-        return list(map(_reinterpret, itertools.repeat(whole), shapes, self._strides, self._starts))
+        """The first `count` gradients in this memory."""
+        start = _reinterpret(whole, (self._vectors_size,), (1,), 0)
+        vectors = torch.unsafe_split_with_sizes(start, self._vectors)
+        return [*vectors, *[_reinterpret(whole, *place) for place in self._shaped[: count - len(vectors)]]]
 
 
 # Views would take twice as long to make, and share their versions.
