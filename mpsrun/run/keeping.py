@@ -65,7 +65,7 @@ class Keeper:
 
 
 class _Row:
-    """The dense gradients of one dtype, side by side: vectors, other small ones, large ones. Strides stay as they are."""
+    """The dense gradients of one dtype side by side, strides as they are: vectors, other small ones, large ones."""
 
     def __init__(self, places: Sequence[int], gradients: Gradients) -> None:
         given: dict[int, Any] = {i: gradients[i] for i in places}
