@@ -40,7 +40,7 @@ class Keeper:
         places: dict[torch.dtype, list[int]] = {}
         self._singles: list[int] = []
         for i, gradient in enumerate(gradients):
-            if gradient is not None and is_dense(TensorMeta.of(gradient)):
+            if gradient is not None and gradient.layout is torch.strided and is_dense(TensorMeta.of(gradient)):
                 places.setdefault(gradient.dtype, []).append(i)
             elif gradient is not None:
                 self._singles.append(i)
