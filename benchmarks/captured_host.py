@@ -82,15 +82,15 @@ class _QuietRecorder:
         self._quiet, self._real = quiet, real
 
     @property
-    def era(self) -> int:
+    def era(self) -> Any:
         return self._real.era
 
     def make_room(self) -> None:
         self._real.make_room()
 
-    def record(self, function: Callable[[], Any]) -> Recording:
+    def record(self, *args: Any) -> Recording:
         self._quiet.recordings += 1
-        return _QuietRecording(self._quiet, self._real.record(function))
+        return _QuietRecording(self._quiet, self._real.record(*args))
 
 
 class _QuietRecording:
