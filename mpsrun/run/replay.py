@@ -99,7 +99,7 @@ class Body:
         self._bumps = [[i for i, count in bumps.items() if count > round_] for round_ in rounds]
         self._statics = [*subject.statics]
         self._copied = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and i not in subject.statics]
-        self._pointers = [arg.data_ptr() if isinstance(arg, torch.Tensor) else None for arg in args]
+        self._pointers = [arg.data_ptr() if i in subject.statics else None for i, arg in enumerate(args)]
         self._metas = self._metas_of(args)
         self._grad = torch.is_grad_enabled()
         self._wanted = [i for i, a in enumerate(args) if self._grad and isinstance(a, torch.Tensor) and a.requires_grad]
