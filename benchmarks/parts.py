@@ -14,6 +14,7 @@ import psutil
 import torch
 from torch import nn
 
+from benchmarks.captured_host import lead_us
 from benchmarks.cases import Case, Input, Network, chosen
 from benchmarks.steps import Stepper, device, spread, synchronize
 from mpsrun.device import ChunkHandle, open_device
@@ -53,23 +54,11 @@ def crossing(repeats: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, stepper in sides.items():
-            times[name].append(_lead_cpu_us(stepper))
+            times[name].append(lead_us(stepper, 200))
     row: dict[str, Any] = {"part": "lead CPU of a step with one region, us"}
     row |= {name: spread(values, 1) for name, values in times.items()}
     row["beyond plain autograd"] = round(row["three workers"][0] - row["plain"][0], 1)
     return row
-
-
-def _lead_cpu_us(stepper: Stepper, steps: int = 200) -> float:
-    """Microseconds until a step is submitted, with an idle GPU before each: the median of many."""
-    spent = []
-    for _ in range(steps):
-        synchronize()
-        start = time.perf_counter()
-        stepper.step()
-        spent.append(time.perf_counter() - start)
-        stepper.clear()
-    return statistics.median(spent) * 1e6
 
 
 def _answer(handle: ChunkHandle, rounds: int, ready: Any) -> None:

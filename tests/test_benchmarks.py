@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import matrix, page, steps
+from benchmarks import captured_host, matrix, page, steps
 from benchmarks.cases import NETWORKS, TRIAL, Case, Network, chosen
 from benchmarks.engines import ENGINES
 from benchmarks.results import Results
@@ -153,6 +153,55 @@ def test_a_package_that_is_not_there() -> None:
     case = Case("x", 1, Network(nn.Identity, (), (1,), needs="no_such_package"))
     assert case.why_not_here() == "no_such_package is not installed"
     assert TRIAL_CASE.why_not_here() is None
+
+
+def test_what_a_captured_step_costs_the_lead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three sides take turns: as it is, with recordings that submit nothing, and what any step costs."""
+    replays: list[bool] = []
+    plain = captured_host.lead_us
+    quiet: list[captured_host.Quiet] = []
+
+    class Noted(captured_host.Quiet):
+        def __init__(self) -> None:
+            super().__init__()
+            quiet.append(self)
+
+    def counted(stepper: steps.Stepper, count: int) -> float:
+        replays.append(quiet[0].submits)
+        return plain(stepper, count)
+
+    monkeypatch.setattr(captured_host, "Quiet", Noted)
+    monkeypatch.setattr(captured_host, "lead_us", counted)
+    row = captured_host.captured_host(TRIAL_CASE, 2, 2)
+    assert replays == [True, False, False] * 2
+    assert quiet[0].recordings == 2  # forward and backward
+    sides = [row[name] for name in ("captured", "without its replays", "guards and AccumulateGrad alone")]
+    assert all(0 < low <= median <= high for median, low, high in sides)
+    assert sides[0][0] > sides[1][0]
+    assert row["beyond them"] == pytest.approx(sides[1][0] - sides[2][0], abs=0.2)
+
+
+def test_the_least_step_hands_out_all_gradients() -> None:
+    model = TRIAL_CASE.of.make()
+    least = captured_host.Least(TRIAL_CASE, model)
+    for _ in range(2):
+        least.clear()
+        least.step()
+    first = [p.grad.clone() for p in least.model.parameters()]
+    least.step()  # they add up
+    assert any(gradient.any() for gradient in first)
+    for p, gradient in zip(least.model.parameters(), first, strict=True):
+        torch.testing.assert_close(p.grad, 2 * gradient)
+
+
+def test_what_is_not_captured_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured_host.Quiet, "around", lambda *_: SimpleNamespace(era=0, make_room=refuse))
+    with pytest.raises(RuntimeError, match="expected trial-4 to be captured"):
+        captured_host.captured_host(TRIAL_CASE, 1, 1)
+
+
+def refuse() -> None:
+    raise torch.OutOfMemoryError("no memory for a recording")
 
 
 # --- the command -------------------------------------------------------------------------------------------------

@@ -210,6 +210,25 @@ class Deep(nn.Module):
         return torch.cat([path(y) for path in self.paths], 1)
 
 
+class Counting(nn.Module):
+    """Writes a buffer in place, and needs what it wrote in backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Three(8)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps.add_(1)
+        return self.body(x) * self.steps
+
+
+def test_a_buffer_that_is_written_and_then_needed(made: list[Captured]) -> None:
+    pair = Pair(Counting)
+    pair.both(lambda model: model(inputs()).square().sum().backward())
+    assert made[0].replays == 2
+
+
 def test_parameters_that_move(made: list[Captured]) -> None:
     pair = Pair()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +32,19 @@ MOST_MISSES = 16  # calls in a row with sizes of their own, after which nothing 
 MOST_SPECIALS = 64  # sets of sizes of one graph that are kept prepared
 
 
+@dataclass
+class Calls:
+    """How many calls there were so far of all graphs that may use lanes.
+
+    An attribute of `Graph` would do, but to set one in each call voids what Python has cached of the class.
+    """
+
+    entered: int = 0
+
+
+calls = Calls()
+
+
 def mpsrun(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],  # noqa: ARG001 - what a backend is called with
@@ -55,11 +69,9 @@ def mpsrun(
 class Graph:
     """One graph of Dynamo's, and what became of it.
 
-    The first call for a set of sizes runs plain and takes notes; from them the workers are prepared. `entered` counts
-    the calls of all graphs that may use lanes. analysis: what was found in it, if it could be analysed.
+    The first call for a set of sizes runs plain and takes notes; from them the workers are prepared. analysis: what was
+    found in it, if it could be analysed.
     """
-
-    entered = 0
 
     def __init__(self, gm: fx.GraphModule, options: Options) -> None:
         self._gm = gm
@@ -147,7 +159,7 @@ class Graph:
     # ---- calls
 
     def __call__(self, *args: Any) -> Any:
-        Graph.entered += 1
+        calls.entered += 1
         owner, maker = self._coordinator, self._maker
         if maker is None or (owner is not None and owner.closed) or must_be_plain(self._kind):
             return self._gm.forward(*args)
@@ -201,7 +213,7 @@ class Graph:
                 return None
             if tuning.wants_candidates and self._may_tune(maker, special, tuning, args):
                 tuning.prepared()
-            chosen = tuning.step(Graph.entered, self._lost())
+            chosen = tuning.step(calls.entered, self._lost())
         if special.candidates[chosen].plan.is_serial:
             return None
         variant = special.variants.get(chosen)
@@ -215,7 +227,7 @@ class Graph:
 
         While a worker is missing nothing is tuned.
         """
-        if not tuning.may_start(Graph.entered):
+        if not tuning.may_start(calls.entered):
             return False
         for i, candidate in enumerate(special.candidates):
             if i not in special.variants and not candidate.plan.is_serial:

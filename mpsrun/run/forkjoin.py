@@ -9,7 +9,7 @@ first, so that backward runs Join, then the lead's own branches, then Fork.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,7 +157,7 @@ class _Fork(Function):
         _publish(invocation, args)
         ctx.invocation = invocation
         ctx.set_materialize_grads(False)
-        invocation.versions = [args[i]._version for i in crossing.saved]
+        invocation.versions = versions_of(args, crossing.saved)
         return crossing.token.detach()
 
     @staticmethod
@@ -176,7 +176,12 @@ class _Fork(Function):
         return None, *gradients
 
 
-def check_versions(args: Sequence[Any] | None, saved: Iterable[int], versions: Iterable[int]) -> None:
+def versions_of(args: Sequence[Any], saved: Sequence[int]) -> list[int]:
+    """What `check_versions` compares with later."""
+    return [args[i]._version for i in saved]
+
+
+def check_versions(args: Sequence[Any] | None, saved: Sequence[int], versions: Sequence[int]) -> None:
     """Raise, as plain PyTorch does, where something that backward needs was changed since forward.
 
     What `save_for_backward` would do, in a tenth of its time: whoever calls this holds the arguments anyway. saved: the
@@ -184,6 +189,8 @@ def check_versions(args: Sequence[Any] | None, saved: Iterable[int], versions: I
     """
     if args is None:
         raise RuntimeError(SECOND_BACKWARD)
+    if versions_of(args, saved) == versions:
+        return
     for arg, version in zip(saved, versions, strict=True):
         if args[arg]._version != version:
             raise RuntimeError(

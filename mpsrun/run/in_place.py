@@ -64,7 +64,7 @@ class _Call:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if looked_through() or self._odd(*args, *kwargs.values()):
             return self._module._call_impl(*args, **kwargs)
-        entered, known = backend.Graph.entered, len(report.graphs)
+        entered, known = backend.calls.entered, len(report.graphs)
         result = self._compiled(*args, **kwargs)
         self._graphs += report.graphs[known:]
         self._fresh = self._fresh + 1 if len(report.graphs) > known else 0
@@ -72,7 +72,7 @@ class _Call:
             self._give_up("Dynamo compiles it anew in every call")
         elif not self._decided and torch.is_grad_enabled():
             self._decided = True
-            if backend.Graph.entered == entered:  # asked so, since networks of one kind share their graphs
+            if backend.calls.entered == entered:  # asked so, since networks of one kind share their graphs
                 self._give_up("nothing of it can use a lane")
         elif self._decided and self._graphs and all(graph.plain for graph in self._graphs):
             self._give_up("nothing else is faster")

@@ -119,9 +119,9 @@ class CudaRecorder:
 
     def replay(self, graph: torch.cuda.CUDAGraph) -> None:
         """Submit a graph to the current stream, behind the last replay of any."""
-        stream = torch.cuda.current_stream(self._device)
         with self._lock:
-            if stream != self._last:
+            if torch._C._cuda_getCurrentRawStream(self._device.index) != self._last.cuda_stream:
+                stream = torch.cuda.current_stream(self._device)
                 stream.wait_stream(self._last)
                 self._last = stream
             graph.replay()

@@ -19,7 +19,8 @@ from mpsrun.graph.effects import Effects
 from mpsrun.graph.state import State, applied
 from mpsrun.run import state as modes
 from mpsrun.run.executor import copy_all
-from mpsrun.run.forkjoin import Function, check_versions, keeps_graph
+from mpsrun.run.forkjoin import Function, check_versions, keeps_graph, versions_of
+from mpsrun.run.keeping import Gathered, Keeper
 from mpsrun.run.layout import Gradients, TensorMeta, follow_gradients
 from mpsrun.run.plainrun import Generators, PlainRun, generators
 from mpsrun.run.recorder import Recorder, Recording
@@ -65,14 +66,15 @@ class _Call:
     """One forward, and the backwards that may come.
 
     args: what it was called with, until its backward is through. generation: which replay of the recording it was.
-    spent: whether its backward came, and the script did not ask to keep the graph.
+    versions: of what backward reads again. spent: whether its backward came, and the script did not ask to keep the
+    graph.
     """
 
     body: Body
     args: tuple[Any, ...] | None
     generation: int
-    versions: list[int]
     start: Generators | None
+    versions: Sequence[int] = ()
     spent: bool = False
 
 
@@ -92,19 +94,23 @@ class Body:
         settings: Settings,
     ) -> None:
         self.settings, self._state = settings, settings[1]
-        self._subject, self._run, self._recorder, self._bumps = subject, run, recorder, bumps
+        self._subject, self._run, self._recorder = subject, run, recorder
+        rounds = range(max(bumps.values(), default=0))
+        self._bumps = [[i for i, count in bumps.items() if count > round_] for round_ in rounds]
         self._statics = [*subject.statics]
         self._copied = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and i not in subject.statics]
-        self._pointers = self._pointers_of(args)
+        self._pointers = [arg.data_ptr() if i in subject.statics else None for i, arg in enumerate(args)]
         self._metas = self._metas_of(args)
         self._grad = torch.is_grad_enabled()
         self._wanted = [i for i, a in enumerate(args) if self._grad and isinstance(a, torch.Tensor) and a.requires_grad]
         self._args = [self._own(i, arg) for i, arg in enumerate(args)]
         self._targets = [self._args[i].data for i in self._copied]  # whose versions autograd does not follow
         self._gradients = self._follow(args)
+        self._saved = [*self._gradients.saved]
         self._outputs: list[torch.Tensor] = []
         self._grad_outputs: dict[int, torch.Tensor] = {}
         self._backwards: dict[tuple[int, ...], Recording | None] = {}
+        self._keepers: dict[tuple[int, ...], Keeper] = {}
         self._generation = 0
         self.failed: RuntimeError | None = None
         self._pending: Callable[[], _Call | None] = lambda: None
@@ -145,10 +151,7 @@ class Body:
 
     def fits(self, args: Sequence[Any]) -> bool:
         """Whether everything is where it was, and as large."""
-        return self._pointers_of(args) == self._pointers and self._metas_of(args) == self._metas
-
-    def _pointers_of(self, args: Sequence[Any]) -> list[int]:
-        return [args[i].data_ptr() for i in self._statics]
+        return _stand_at(args, self._pointers, self._statics) and self._metas_of(args) == self._metas
 
     def _metas_of(self, args: Sequence[Any]) -> list[Any]:
         return [(args[i].shape, args[i].stride(), args[i].dtype, args[i].requires_grad) for i in self._copied]
@@ -158,11 +161,12 @@ class Body:
         if not any(self._gradients.differentiable):
             with torch.no_grad():
                 return self._put_together([_copied(output) for output in self._replay(args)])
-        versions = [args[i]._version for i in self._gradients.saved]
         start = generators() if self._subject.is_random else None
-        call = _Call(self, args, self._generation + 1, versions, start)
+        call = _Call(self, args, self._generation + 1, start)
         self._pending = weakref.ref(call)
-        return self._put_together(_Replay.apply(call, *(args[i] for i in self._wanted)))
+        outputs = _Replay.apply(call, *[args[i] for i in self._wanted])
+        call.versions = versions_of(args, self._saved)  # also with what the graph itself has written
+        return self._put_together(outputs)
 
     def _put_together(self, tensors: Sequence[torch.Tensor]) -> Any:
         """The graph's result with these in the place of its tensors."""
@@ -180,8 +184,8 @@ class Body:
         self._generation += 1
         self._result = self._forward.replay()
         self._outputs = _tensors(self._result)
-        for round_ in range(max(self._bumps.values(), default=0)):
-            torch.autograd.graph.increment_version([args[i] for i, count in self._bumps.items() if count > round_])
+        for bumped in self._bumps:
+            torch.autograd.graph.increment_version([args[i] for i in bumped])
         return self._outputs
 
     @property
@@ -193,7 +197,7 @@ class Body:
 
     def differentiate(self, call: _Call, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """The gradients of the arguments that want one, in memory that may be kept."""
-        check_versions(call.args, self._gradients.saved, call.versions)
+        check_versions(call.args, self._saved, call.versions)
         present = tuple(i for i, gradient in enumerate(gradients) if gradient is not None)
         given = [gradient for gradient in gradients if gradient is not None]
         if not present:
@@ -242,15 +246,21 @@ class Body:
         if present not in self._backwards:
             self._backwards[present] = self._record_backward(present)
         recording = self._backwards[present]
-        found = self._grad_of(present) if recording is None else recording.replay()
-        return _kept(found)
+        gathered = self._gathered(present) if recording is None else recording.replay()
+        return self._keepers[present].copies(gathered)
 
     def _record_backward(self, present: tuple[int, ...]) -> Recording | None:
         try:
-            return self._recorder.record(lambda: self._grad_of(present))
+            return self._recorder.record(lambda: self._gathered(present))
         except RuntimeError as error:
             self.failed = error
             return None
+
+    def _gathered(self, present: tuple[int, ...]) -> Gathered:
+        found = self._grad_of(present)
+        if present not in self._keepers:
+            self._keepers[present] = Keeper(found)
+        return self._keepers[present].gather(found)
 
     def _grad_of(self, present: Sequence[int]) -> Sequence[torch.Tensor | None]:
         """The gradients of the last forward, whose graph stays: the next replay fills it anew."""
@@ -279,6 +289,17 @@ class _Replay(Function):
         return None, *ctx.call.body.differentiate(ctx.call, gradients)
 
 
+def _stand_at(args: Sequence[Any], pointers: Sequence[int | None], places: Sequence[int]) -> bool:
+    """Whether the arguments at these places are where the pointers say."""
+    if _pointers_equal is not None:
+        return _pointers_equal(list(args), pointers, places)
+    return [args[i].data_ptr() for i in places] == [pointers[i] for i in places]
+
+
+# Three times as fast; a torch without CUDA has none.
+_pointers_equal = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
+
+
 def _tensors(result: Sequence[Any]) -> list[torch.Tensor]:
     return [value for value in result if isinstance(value, torch.Tensor)]
 
@@ -292,22 +313,3 @@ def _empty_like(arg: torch.Tensor) -> torch.Tensor:
 
 def _copied(output: torch.Tensor) -> torch.Tensor:
     return output.detach().clone()
-
-
-def _kept(gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """Copies in fresh memory, those of one dtype side by side: one allocation where there may be hundreds."""
-    copies = [*gradients]
-    rows: dict[torch.dtype, dict[int, torch.Tensor]] = {}
-    for i, gradient in enumerate(gradients):
-        if gradient is not None and gradient.is_contiguous():
-            rows.setdefault(gradient.dtype, {})[i] = gradient
-        elif gradient is not None:
-            copies[i] = gradient.clone()
-    for row in rows.values():
-        sources = [*row.values()]
-        whole = sources[0].new_empty(sum(source.numel() for source in sources))
-        parts = torch._utils._unflatten_dense_tensors(whole, sources)
-        torch._foreach_copy_(parts, sources)
-        for i, part in zip(row, parts, strict=True):
-            copies[i] = part
-    return copies

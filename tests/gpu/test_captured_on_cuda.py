@@ -73,7 +73,10 @@ class Noisy(nn.Module):
         return self.body(self.drop(x)) + self.drop(x).sum()
 
 
-@pytest.mark.parametrize("make", [lambda: Three(64), Noisy], ids=["three", "dropout"])
+MADE = {"three": lambda: Three(64), "large gradients": lambda: Three(8192), "dropout": Noisy}
+
+
+@pytest.mark.parametrize("make", MADE.values(), ids=[*MADE])
 def test_loss_curve_is_the_plain_one(daemon: None, made: list[Captured], make: Callable[[], nn.Module]) -> None:
     """Random numbers, too: the generator moves as in plain PyTorch."""
     torch.manual_seed(0)
