@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+import unittest.mock
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks import by_hand
 from mpsrun.run.backend import mpsrun
 
 Call = Callable[..., Any]
 AUTO = "mpsrun auto"
 FORCED = ("mpsrun serial", "mpsrun streams", "mpsrun captured", "mpsrun workers")
+WITH_WORKERS = ("mpsrun workers", AUTO)
 WARM_UP_STEPS = 6
 MOST_WARM_UP_STEPS = 1000  # `auto` waits until the workers are ready, then tries its candidates
 
@@ -36,8 +39,26 @@ def cuda_graph(model: nn.Module, inputs: Sequence[Tensor], bf16: bool) -> Call:
     if not torch.cuda.is_available():
         raise RuntimeError("needs an NVIDIA GPU")
     # Casts that autocast keeps would be kept from one replay to the next; the graph holds them anyway.
-    with torch.autocast("cuda", torch.bfloat16, enabled=bf16, cache_enabled=False):
+    casts = torch.autocast("cuda", torch.bfloat16, enabled=bf16, cache_enabled=False)
+    graph = torch.cuda.graph
+
+    def undisturbed(*args: Any, **options: Any) -> Any:
+        """The thread that watches mpsrun's workers may look at the GPU meanwhile, which would end the capture."""
+        return graph(*args, **(options | {"capture_error_mode": "thread_local"}))
+
+    with casts, unittest.mock.patch.object(torch.cuda, "graph", undisturbed):
         return torch.cuda.make_graphed_callables(model, tuple(inputs), allow_unused_input=True)
+
+
+def compiled_graph(model: nn.Module, inputs: Sequence[Tensor], bf16: bool) -> Call:
+    """What PyTorch's compiler makes, as one CUDA graph each for forward and backward."""
+    return cuda_graph(torch.compile(model), inputs, bf16)
+
+
+def streams_graph(model: nn.Module, inputs: Sequence[Tensor], bf16: bool) -> Call:
+    """Branches put on streams by hand, within one CUDA graph each for forward and backward."""
+    by_hand.put_on_streams(model)
+    return cuda_graph(model, inputs, bf16)
 
 
 def lanes(kind: str, model: nn.Module, _inputs: Sequence[Tensor], _bf16: bool) -> Call:
@@ -50,5 +71,10 @@ ENGINES: dict[str, Callable[[nn.Module, Sequence[Tensor], bool], Call]] = {
     "compile": functools.partial(inductor, None),
     "reduce-overhead": functools.partial(inductor, "reduce-overhead"),
     "cuda graph": cuda_graph,
+    "compile in graph": compiled_graph,
+    "streams in graph": streams_graph,
     **{name: functools.partial(lanes, name.removeprefix("mpsrun ")) for name in (*FORCED, AUTO)},
 }
+SLOW = ("compile", "reduce-overhead", "compile in graph")  # Inductor takes minutes: only those who ask get them
+USUAL = tuple(engine for engine in ENGINES if engine not in SLOW)
+NO_HANDWORK = ("eager", "compile", "reduce-overhead", "cuda graph")

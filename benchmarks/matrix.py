@@ -11,9 +11,11 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
+from benchmarks import bound, memory
 from benchmarks.cases import Case
-from benchmarks.engines import AUTO, FORCED
-from benchmarks.steps import Stepper, device, spread
+from benchmarks.engines import FORCED, WITH_WORKERS
+from benchmarks.judge import judge
+from benchmarks.steps import FEW_STEPS, Stepper, device, spread
 from mpsrun.run import report, session
 
 Cells = dict[str, dict[str, Any]]
@@ -24,47 +26,62 @@ DYNAMO = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
 
 
 def measure(case: Case, engines: Sequence[str], repeats: int, steps: int, compared: Sequence[str]) -> dict[str, Any]:
-    """Time all engines and compare the results of some; an engine that fails has the reason instead."""
+    """Time all engines, compare the results of some, find the bound; what fails has the reason instead."""
     torch.manual_seed(0)
     model = case.of.make()
     cells: Cells = {engine: {} for engine in engines}
+    limit: dict[str, Any] = {}
     with torch._dynamo.config.patch(DYNAMO):
         time_engines(case, model, cells, repeats, steps)
+        forget()
+        with _failing_into(limit):
+            limit |= bound.measure(case, model)
         forget()
         compare(case, model, {engine: cells[engine] for engine in engines if engine in compared})
         forget()
     narrow = "tf32" if device() == "cuda" else "fp32"
     row = {"network": case.network, "batch": case.batch, "dtype": "bf16" if case.of.bf16 else narrow}
+    row |= {"bound": limit, "engines": cells}
     lost = lost_workers()
-    return row | {"engines": cells} | judge(cells) | ({"lost": lost} if lost else {})
+    return row | judge(row) | ({"lost": lost} if lost else {})
 
 
 def time_engines(case: Case, model: nn.Module, cells: Cells, repeats: int, steps: int) -> None:
-    """Fill in milliseconds a step; engines take turns, so that a drift of the machine meets all of them alike."""
+    """Fill in milliseconds a step and memory; engines take turns, so that drift of the machine meets all alike."""
     steppers: dict[str, Stepper] = {}
     for engine, cell in cells.items():
         with _failing_into(cell):
             steppers[engine] = _set_up(case, model, engine, cell)
-    times: dict[str, list[float]] = {engine: [] for engine in steppers}
-    for _ in range(repeats):
-        for engine in [*steppers]:
-            with _failing_into(cells[engine]):
-                times[engine].append(steppers[engine].time_steps(steps))
-            if "failed" in cells[engine]:
-                del steppers[engine]
+    _turn(steppers, cells, FEW_STEPS)  # the allocator's cache was emptied for those that came later
+    turns = [_turn(steppers, cells, steps) for _ in range(repeats)]
     for engine in steppers:
-        cells[engine]["ms"] = spread(times[engine])
+        cells[engine]["ms"] = spread([turn[engine] for turn in turns])
         set_up = cells[engine]["set-up"]
         set_up["extra s"] = round(set_up["s"] - set_up["steps"] * cells[engine]["ms"][0] / 1e3, 2)
 
 
+def _turn(steppers: dict[str, Stepper], cells: Cells, steps: int) -> dict[str, float]:
+    """Milliseconds a step by engine; one that fails takes no further part."""
+    times: dict[str, float] = {}
+    for engine in [*steppers]:
+        with _failing_into(cells[engine]):
+            times[engine] = steppers[engine].time_steps(steps)
+        if "failed" in cells[engine]:
+            del steppers[engine]
+    return times
+
+
 def _set_up(case: Case, model: nn.Module, engine: str, cell: dict[str, Any]) -> Stepper:
     known = len(report.graphs)
+    source = memory.allocator()
+    meter = memory.Meter(source) if source is not None else None
     stepper = Stepper(case, model, engine)
     cell["set-up"] = {"s": round(stepper.warm_up(), 2), "steps": stepper.warm_up_steps}
     if engine in FORCED:
         ran = [region for graph in report.graphs[known:] for region in graph.regions if region.calls]
         cell["regions on lanes"] = len(ran)
+    if meter is not None:
+        cell["memory"] = meter.measure(lambda: stepper.time_steps(FEW_STEPS), engine in WITH_WORKERS)
     return stepper
 
 
@@ -94,18 +111,6 @@ def deviation(plain: Sequence[Tensor], other: Sequence[Tensor]) -> dict[str, flo
     difference = torch.stack([(a - b).norm() for a, b in zip(plain[1:], other[1:], strict=True)]).norm()
     total = torch.stack([a.norm() for a in plain[1:]]).norm()
     return {"loss": loss, "gradients": (difference / total).item()}
-
-
-def judge(cells: Cells) -> dict[str, float]:
-    """What mpsrun's choice gains over eager, and what it loses against the best of its forced lanes (its regret)."""
-    medians = {engine: cell["ms"][0] for engine, cell in cells.items() if "ms" in cell and "failed" not in cell}
-    found: dict[str, float] = {}
-    if AUTO in medians and "eager" in medians:
-        found["speed-up"] = round(medians["eager"] / medians[AUTO], 3)
-    forced = [medians[engine] for engine in FORCED if engine in medians]
-    if AUTO in medians and forced:
-        found["regret"] = round(medians[AUTO] / min(forced) - 1, 4)
-    return found
 
 
 def lost_workers() -> list[str]:

@@ -16,7 +16,10 @@ import torch
 from mpsrun import config
 
 ROOT = Path(__file__).parents[1]
-FIGURES = "ms: median, minimum, maximum of the repeats; deviation: relative to eager; run: index of runs"
+FIGURES = (
+    "ms: median, minimum, maximum of the repeats; deviation: relative to eager; memory: at most, beyond what other "
+    "engines hold; bound: see docs/benchmarks.md; run: index of runs"
+)
 
 
 @dataclass
@@ -47,6 +50,21 @@ class Results:
     def has(self, network: str, batch: int) -> bool:
         """Whether this row was measured."""
         return any((row["network"], row["batch"]) == (network, batch) and "engines" in row for row in self.rows)
+
+    def merge(self, other: Results) -> None:
+        """Take over what another file holds, each row with its run; a row without figures replaces none that has some.
+
+        Rows are taken as a whole, since the engines of a row were measured beside each other.
+        """
+        for row in other.rows:
+            if "engines" in row or not self.has(row["network"], row["batch"]):
+                self.put_row(row, other.runs[row["run"]])
+        for part in other.parts:
+            self.put_part(part, other.runs[part["run"]])
+        used = sorted({entry["run"] for entry in (*self.rows, *self.parts)})
+        self.runs = [self.runs[index] for index in used]
+        for entry in (*self.rows, *self.parts):
+            entry["run"] = used.index(entry["run"])
 
     def put_row(self, row: dict[str, Any], run: dict[str, Any]) -> None:
         """Add a row, or replace the one of the same network and batch."""

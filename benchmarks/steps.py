@@ -14,6 +14,8 @@ from benchmarks.cases import Case
 from benchmarks.engines import ENGINES, MOST_WARM_UP_STEPS, WARM_UP_STEPS
 from mpsrun.run import report
 
+FEW_STEPS = 3  # that are not timed: after them the allocator has what it needs
+
 
 def device() -> str:
     """Where everything is measured."""
