@@ -6,20 +6,24 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from benchmarks.engines import AUTO, ENGINES
 from benchmarks.judge import medians_ms
 
 # Colours that also those see apart who do not see red and green (Okabe and Ito, 2008).
-COLOURS = {
-    "compile": "#999999",
-    "reduce-overhead": "#56b4e9",
-    "cuda graph": "#0072b2",
-    "compile in graph": "#cc79a7",
-    "streams in graph": "#000000",
-    "mpsrun streams": "#f0e442",
-    "mpsrun captured": "#009e73",
-    "mpsrun workers": "#e69f00",
-    "mpsrun auto": "#d55e00",
-}
+_PALETTE = (
+    "#999999",
+    "#56b4e9",
+    "#0072b2",
+    "#cc79a7",
+    "#000000",
+    "#f0e442",
+    "#009e73",
+    "#e69f00",
+    "#882255",
+    "#332288",
+)
+_SHOWN = [engine for engine in ENGINES if engine not in ("eager", "mpsrun serial", AUTO)]
+COLOURS = dict(zip(_SHOWN, _PALETTE, strict=False)) | {AUTO: "#d55e00"}
 BAR_PX, GAP_PX, LEFT_PX, WIDTH_PX, TOP_PX = 9, 12, 130, 760, 52
 LEGEND_COLUMNS = 5
 

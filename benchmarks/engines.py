@@ -5,18 +5,20 @@ from __future__ import annotations
 import functools
 import unittest.mock
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import by_hand
+from mpsrun import config
 from mpsrun.run.backend import mpsrun
+from mpsrun.run.recorder import restoring
 
 Call = Callable[..., Any]
 AUTO = "mpsrun auto"
-FORCED = ("mpsrun serial", "mpsrun streams", "mpsrun captured", "mpsrun workers")
-WITH_WORKERS = ("mpsrun workers", AUTO)
+FORCED = tuple(f"mpsrun {lanes}" for lanes in get_args(config.Lanes) if lanes != "auto")
+WITH_WORKERS = (*(engine for engine in FORCED if "workers" in engine), AUTO)
 WARM_UP_STEPS = 6
 MOST_WARM_UP_STEPS = 1000  # `auto` waits until the workers are ready, then tries its candidates
 
@@ -34,7 +36,7 @@ def inductor(mode: str | None, model: nn.Module, _inputs: Sequence[Tensor], _bf1
 def cuda_graph(model: nn.Module, inputs: Sequence[Tensor], bf16: bool) -> Call:
     """Forward and backward pass of the whole network as one CUDA graph each.
 
-    Raises RuntimeError, or what capturing raises, where this cannot be done.
+    Raises RuntimeError, or what capturing raises, where this cannot be done; other engines can be measured after that.
     """
     if not torch.cuda.is_available():
         raise RuntimeError("needs an NVIDIA GPU")
@@ -46,8 +48,9 @@ def cuda_graph(model: nn.Module, inputs: Sequence[Tensor], bf16: bool) -> Call:
         """The thread that watches mpsrun's workers may look at the GPU meanwhile, which would end the capture."""
         return graph(*args, **(options | {"capture_error_mode": "thread_local"}))
 
-    with casts, unittest.mock.patch.object(torch.cuda, "graph", undisturbed):
-        return torch.cuda.make_graphed_callables(model, tuple(inputs), allow_unused_input=True)
+    device, pool = torch.device("cuda", torch.cuda.current_device()), torch.cuda.graph_pool_handle()
+    with casts, restoring(device, pool), unittest.mock.patch.object(torch.cuda, "graph", undisturbed):
+        return torch.cuda.make_graphed_callables(model, tuple(inputs), allow_unused_input=True, pool=pool)
 
 
 def compiled_graph(model: nn.Module, inputs: Sequence[Tensor], bf16: bool) -> Call:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.chart import svg
-from benchmarks.engines import ENGINES
+from benchmarks.engines import AUTO, ENGINES, FORCED
 from benchmarks.judge import judge, name
 from benchmarks.memory import LEAD_LIMIT, WORKER_LIMIT_MIB, limit_mib, used_mib
 from benchmarks.results import Results
@@ -128,7 +128,8 @@ def _need(cells: dict[str, dict[str, Any]], engine: str) -> str:
         told = memory["workers MiB"]
         text += f" + {'unknown' if told is None else f'{told:.0f}'} in {memory['workers']} workers"
     used, limit = used_mib(cells[engine]), limit_mib(cells, engine)
-    return f"{text} (limit {limit:.0f})" if used is not None and limit is not None and used > limit else text
+    is_over = used is not None and limit is not None and used > limit
+    return f"{text} (limit {limit:.0f})" if is_over and engine in (*FORCED, AUTO) else text
 
 
 def _checks(rows: Sequence[dict[str, Any]]) -> Iterator[str]:

@@ -80,7 +80,7 @@ def test_memory_is_held_against_what_eager_needs() -> None:
     row = made("any", eager=9.0, cuda_graph=9.0, mpsrun_workers=9.0, mpsrun_auto=9.0)
     cells = row["engines"]
     cells["eager"]["memory"] = {"reserved MiB": 400.0, "allocated MiB": 300.0}
-    cells["cuda graph"]["memory"] = {"reserved MiB": 500.4, "allocated MiB": 300.0}
+    cells["cuda graph"]["memory"] = {"reserved MiB": 900.0, "allocated MiB": 300.0}
     cells["mpsrun workers"]["memory"] = cells["eager"]["memory"] | {"workers": 2, "workers MiB": 1301}
     cells["mpsrun auto"]["memory"] = cells["eager"]["memory"] | {"workers": 2, "workers MiB": None}
     assert limit_mib(cells, "mpsrun workers") == 500 + 2 * 600
@@ -88,7 +88,7 @@ def test_memory_is_held_against_what_eager_needs() -> None:
     assert used_mib(cells["mpsrun auto"]) is None
     results = Results()
     results.put_row(row, RUN)
-    needs = "| 400 | 500 (limit 500) | 400 + 1301 in 2 workers (limit 1700) | 400 + unknown in 2 workers |"
+    needs = "| 400 | 900 | 400 + 1301 in 2 workers (limit 1700) | 400 + unknown in 2 workers |"
     assert f"| any | 8 {needs}" in page.page(results, "")
     del cells["eager"]["memory"]
     assert limit_mib(cells, "mpsrun workers") is None

@@ -294,24 +294,70 @@ def test_a_network_that_nobody_split_by_hand() -> None:
         by_hand.put_on_streams(nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("engine", ["cuda graph", "compile in graph", "streams in graph"])
-def test_captures_are_those_of_their_thread(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    modes: list[Any] = []
+class Generator:
+    """That of a GPU, at some place of its sequence."""
 
-    def graphed(model: Any, _inputs: Any, allow_unused_input: bool) -> Any:
+    def __init__(self, _device: Any = None) -> None:
+        self.place: Any = ("seed", "offset")
+
+    def initial_seed(self) -> Any:
+        return self.place[0]
+
+    def get_offset(self) -> Any:
+        return self.place[1]
+
+    def manual_seed(self, seed: Any) -> "Generator":
+        self.place = (seed, 0)
+        return self
+
+    def set_offset(self, offset: Any) -> None:
+        self.place = (self.place[0], offset)
+
+    def graphsafe_set_state(self, other: "Generator") -> None:
+        self.state_of = other
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A GPU that is only asked for captures: their options; pools left in the state of a capture; its generator."""
+    seen = SimpleNamespace(options=[], open_pools=[], generator=Generator(), fails=False)
+
+    def graphed(model: Any, _inputs: Any, allow_unused_input: bool, pool: Any) -> Any:
         assert allow_unused_input
-        torch.cuda.graph("graph", pool="pool", capture_error_mode="global")
+        torch.cuda.graph("graph", pool=pool, capture_error_mode="global")
+        seen.open_pools.append(pool)
+        if seen.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        seen.open_pools.remove(pool)
         return model
 
-    def begun(_graph: Any, **options: Any) -> None:
-        modes.append(options)
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+    monkeypatch.setattr(torch.cuda, "default_generators", (seen.generator,))
+    monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", graphed)
-    monkeypatch.setattr(torch.cuda, "graph", begun)
-    ENGINES[engine](TRIAL_CASE.of.make(), TRIAL_CASE.make_inputs(), False)
-    assert modes == [{"pool": "pool", "capture_error_mode": "thread_local"}]
-    assert torch.cuda.graph is begun
+    monkeypatch.setattr(torch.cuda, "graph", lambda _graph, **options: seen.options.append(options))
+    end = lambda _device, pool: seen.open_pools.remove(pool)  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    return seen
+
+
+@pytest.mark.parametrize("engine", ["cuda graph", "compile in graph", "streams in graph"])
+def test_captures_are_those_of_their_thread(engine: str, captures: SimpleNamespace) -> None:
+    before = torch.cuda.graph
+    ENGINES[engine](TRIAL_CASE.of.make(), [torch.ones(2)], False)
+    assert captures.options == [{"pool": (0, 7), "capture_error_mode": "thread_local"}]
+    assert torch.cuda.graph is before
+
+
+def test_after_a_capture_that_fails_others_can_be_measured(captures: SimpleNamespace) -> None:
+    captures.fails, before = True, torch.cuda.graph
+    with pytest.raises(RuntimeError, match="not permitted"):
+        ENGINES["cuda graph"](nn.Linear(2, 2), [torch.ones(2)], False)
+    assert captures.open_pools == []
+    assert captures.generator.state_of.place == ("seed", "offset")
+    assert torch.cuda.graph is before
 
 
 def test_a_wrong_gradient_shows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mpsrun import log
 
+Trace = Mapping[str, Any]
 WARP = 32
 # What the driver keeps of each block's shared memory, and the blocks that fit at most (compute capability 8 and 9).
 RESERVED_SHARED_BYTES, MOST_BLOCKS = 1024, 32
@@ -85,7 +86,7 @@ class Demand:
         return self.full_us / self.kernel_us if self.kernel_us else None
 
 
-def kernels_of(trace: Mapping[str, Any]) -> list[list[Kernel]]:
+def kernels_of(trace: Trace) -> list[list[Kernel]]:
     """The kernels between each two markers of a trace in Chrome's form, as torch's profiler exports it."""
     runs: list[list[Kernel]] = []
     for event in sorted((e for e in trace.get("traceEvents", ()) if e.get("cat") == "kernel"), key=lambda e: e["ts"]):
@@ -106,24 +107,39 @@ def measure(runs: Iterable[Callable[[], object]]) -> list[Demand] | None:
     one counts for none.
     """
     count = 0
-    try:
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            for run in runs:
-                _mark()
-                run()
-                _mark()
-                count += 1
-        with tempfile.TemporaryDirectory(prefix="mpsrun-") as folder:
-            path = Path(folder) / "trace.json"
-            profiler.export_chrome_trace(str(path))
-            found = kernels_of(json.loads(path.read_text()))[::2]
-        if len(found) != count:
-            raise ValueError(f"{len(found)} runs in its trace of {count}")
-    except (RuntimeError, OSError, ValueError) as error:
-        _say_why(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+
+    def marked() -> None:
+        nonlocal count
+        for run in runs:
+            _mark()
+            run()
+            _mark()
+            count += 1
+
+    trace = _traced(marked)
+    if trace is None:
+        return None
+    found = kernels_of(trace)[::2]
+    if len(found) != count:
+        _say_why(f"{len(found)} runs in its trace of {count}")
         return None
     gpu = Multiprocessors.of_current()
     return [Demand.of(kernels, gpu) for kernels in found]
+
+
+def _traced(run: Callable[[], object]) -> Trace | None:
+    try:
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            run()
+            torch.cuda.synchronize()
+        with tempfile.TemporaryDirectory(prefix="mpsrun-") as folder:
+            path = Path(folder) / "trace.json"
+            profiler.export_chrome_trace(str(path))
+            found: Trace = json.loads(path.read_text())
+            return found
+    except (RuntimeError, OSError, ValueError) as error:
+        _say_why(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        return None
 
 
 def _mark() -> None:
