@@ -26,24 +26,33 @@ DYNAMO = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
 
 
 def measure(case: Case, engines: Sequence[str], repeats: int, steps: int, compared: Sequence[str]) -> dict[str, Any]:
-    """Time all engines, compare the results of some, find the bound; what fails has the reason instead."""
-    torch.manual_seed(0)
-    model = case.of.make()
+    """Time all engines and compare the results of some; an engine that fails has the reason instead."""
+    model = make(case)
     cells: Cells = {engine: {} for engine in engines}
-    limit: dict[str, Any] = {}
     with torch._dynamo.config.patch(DYNAMO):
         time_engines(case, model, cells, repeats, steps)
-        forget()
-        with _failing_into(limit):
-            limit |= bound.measure(case, model)
         forget()
         compare(case, model, {engine: cells[engine] for engine in engines if engine in compared})
         forget()
     narrow = "tf32" if device() == "cuda" else "fp32"
-    row = {"network": case.network, "batch": case.batch, "dtype": "bf16" if case.of.bf16 else narrow}
-    row |= {"bound": limit, "engines": cells}
+    row = {"network": case.network, "batch": case.batch, "dtype": "bf16" if case.of.bf16 else narrow, "engines": cells}
     lost = lost_workers()
     return row | judge(row) | ({"lost": lost} if lost else {})
+
+
+def find_bound(case: Case) -> dict[str, Any]:
+    """How fast a step could be at best, or why that is not known."""
+    found: dict[str, Any] = {}
+    with torch._dynamo.config.patch(DYNAMO), _failing_into(found):
+        found |= bound.measure(case, make(case))
+    forget()
+    return found
+
+
+def make(case: Case) -> nn.Module:
+    """The network, the same each time."""
+    torch.manual_seed(0)
+    return case.of.make()
 
 
 def time_engines(case: Case, model: nn.Module, cells: Cells, repeats: int, steps: int) -> None:

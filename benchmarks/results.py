@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.judge import judge
 from mpsrun import config
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +50,21 @@ class Results:
 
     def has(self, network: str, batch: int) -> bool:
         """Whether this row was measured."""
-        return any((row["network"], row["batch"]) == (network, batch) and "engines" in row for row in self.rows)
+        return "engines" in self._row(network, batch)
+
+    def lacks_bound(self, network: str, batch: int) -> bool:
+        """Whether this row was measured, and its bound was not."""
+        return self.has(network, batch) and "ms" not in self._row(network, batch).get("bound", {})
+
+    def put_bound(self, network: str, batch: int, bound: dict[str, Any]) -> dict[str, Any]:
+        """Add the bound to a row, which keeps its run; returns the row."""
+        row = self._row(network, batch)
+        row["bound"] = bound
+        row |= judge(row)
+        return row
+
+    def _row(self, network: str, batch: int) -> dict[str, Any]:
+        return next((row for row in self.rows if (row["network"], row["batch"]) == (network, batch)), {})
 
     def merge(self, other: Results) -> None:
         """Take over what another file holds, each row with its run; a row without figures replaces none that has some.
