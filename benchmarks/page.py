@@ -147,7 +147,7 @@ def _check(cell: dict[str, Any]) -> str:
     if "set-up" not in cell or "failed" in cell:
         return "-"
     text = f"{cell['set-up']['extra s']:.1f} s of {cell['set-up']['steps']} steps"
-    return text + (f", {cell['deviation']['gradients']:.0e}" if "deviation" in cell else "")
+    return text + (f", {cell['deviation']['gradients']:.0e}" if "gradients" in cell.get("deviation", {}) else "")
 
 
 def _missing(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -161,6 +161,8 @@ def _missing(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
         for engine, cell in row.get("engines", {}).items():
             if "failed" in cell:
                 yield f"- {name(row)}, {engine}: {cell['failed']}"
+            if "failed" in cell.get("deviation", {}):
+                yield f"- {name(row)}, {engine}, deviation: {cell['deviation']['failed']}"
 
 
 def _part(part: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from benchmarks.cases import NETWORKS, TRIAL, Case, Input, Network, chosen
 from benchmarks.engines import AUTO, ENGINES, SLOW
 from benchmarks.results import Results
 from examples.networks import GoogLeNet
-from mpsrun.run import state
+from mpsrun.run import report, state
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.demand import Demand
 from mpsrun.run.profile import Alone
@@ -103,6 +103,33 @@ def test_a_failing_engine_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> 
     assert row["engines"]["reduce-overhead"]["failed"] == "ValueError: too many steps"
     assert "ms" not in row["engines"]["reduce-overhead"]
     assert len(row["engines"]["eager"]["ms"]) == 3
+
+
+@pytest.mark.parametrize("broken", ["eager", "compile"])
+def test_a_comparison_that_fails_leaves_the_times(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENGINES, "compile", lambda model, *_: model)
+    plain = matrix._results
+
+    def results(case: Case, model: nn.Module, engine: str) -> list[torch.Tensor]:
+        if engine == broken:
+            raise torch.OutOfMemoryError("out of memory")
+        return plain(case, model, engine)
+
+    monkeypatch.setattr(matrix, "_results", results)
+    row = matrix.measure(TRIAL_CASE, ["eager", "compile"], 1, 1, ["compile"])
+    assert row["engines"]["compile"]["deviation"] == {"failed": "OutOfMemoryError: out of memory"}
+    assert len(row["engines"]["compile"]["ms"]) == 3
+    found = Results()
+    found.put_row(row, {})
+    assert "- trial 4, compile, deviation: OutOfMemoryError: out of memory" in page.page(found, "")
+
+
+def test_the_warm_up_waits_for_its_own_graphs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    left_behind = report.Graph(undecided={"training of another network"})
+    monkeypatch.setattr(report, "graphs", [left_behind])
+    stepper = steps.Stepper(TRIAL_CASE, TRIAL_CASE.of.make(), "eager")
+    stepper.warm_up()
+    assert stepper.warm_up_steps == steps.WARM_UP_STEPS
 
 
 def test_the_bound_on_a_cpu_is_made_of_wall_time() -> None:
