@@ -21,7 +21,11 @@ H100 = Multiprocessors(count=132, threads=2048, registers=65536, shared_bytes=23
         (Kernel(blocks=132, threads=256, registers=255, shared_bytes=0, us=1.0), 1.0),  # one block by registers
         (Kernel(blocks=66, threads=128, registers=0, shared_bytes=100_000, us=1.0), 0.25),  # two by shared memory
         (Kernel(blocks=33, threads=32, registers=0, shared_bytes=0, us=1.0), 33 / (132 * 32)),
-        (Kernel(blocks=10**6, threads=1024, registers=64, shared_bytes=0, us=1.0), 1.0),
+        (Kernel(blocks=1320, threads=1024, registers=64, shared_bytes=0, us=1.0), 1.0),  # ten full waves
+        (
+            Kernel(blocks=330, threads=1024, registers=0, shared_bytes=0, us=1.0),
+            0.625,
+        ),  # one wave, and a quarter of one
         (Kernel(blocks=1, threads=1024, registers=255, shared_bytes=10**6, us=1.0), 1 / 132),
     ],
 )
@@ -31,7 +35,7 @@ def test_what_a_kernel_fills(kernel: Kernel, wanted: float) -> None:
 
 def test_long_kernels_count_more() -> None:
     short = Kernel(blocks=132, threads=1024, registers=0, shared_bytes=0, us=1.0)
-    long = Kernel(blocks=10**6, threads=1024, registers=0, shared_bytes=0, us=3.0)
+    long = Kernel(blocks=264 * 9, threads=1024, registers=0, shared_bytes=0, us=3.0)
     demand_of_both = Demand.of([short, long], H100)
     assert demand_of_both == Demand(kernel_us=4.0, full_us=3.5)
     assert demand_of_both.share == pytest.approx((0.5 + 3.0) / 4)

@@ -7,7 +7,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class Kernel:
     us: float
 
     def demand(self, gpu: Multiprocessors) -> float:
-        """The part of the GPU that its blocks fill, from 0 to 1."""
+        """The part of the GPU that its blocks fill on average, from 0 to 1; the last wave of them may fill little."""
         warps = -(-self.threads // WARP)
         fitting = min(
             MOST_BLOCKS,
@@ -63,7 +63,8 @@ class Kernel:
             gpu.registers // max(1, self.registers * warps * WARP),
             gpu.shared_bytes // (self.shared_bytes + RESERVED_SHARED_BYTES),
         )
-        return min(1.0, self.blocks / (gpu.count * max(1, fitting)))
+        waves = self.blocks / (gpu.count * max(1, fitting))
+        return waves / max(1, ceil(waves))
 
 
 @dataclass(frozen=True)
