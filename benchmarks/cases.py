@@ -37,7 +37,7 @@ def mean_square(output: Tensor) -> Tensor:
 class Network:
     """A network and the batches that it is measured with, from launch-bound to saturating.
 
-    needs: the package that it comes from, where that is not ours.
+    needs: the package that it comes from, where that is not ours. chain: it has no branches to speak of.
     """
 
     make: Callable[[], nn.Module]
@@ -46,6 +46,7 @@ class Network:
     loss: Callable[[Any], Tensor] = mean_square
     bf16: bool = False
     needs: str = "torch"
+    chain: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ NETWORKS = {
     "two-towers": Network(networks.TwoTowers, (Input((3, 96, 96)), TEXT), (16, 64), loss=networks.contrastive_loss),
     "hrnet": Network(hrnet, (PHOTOGRAPH,), (8, 32), needs="timm"),
     "ensemble": Network(networks.Ensemble, (SMALL_IMAGE,), (32, 128)),
-    "resnet50": Network(resnet50, (PHOTOGRAPH,), (8, 64), needs="torchvision"),
+    "resnet50": Network(resnet50, (PHOTOGRAPH,), (8, 64), needs="torchvision", chain=True),
     "wide": Network(networks.Wide, (Input((2**20,)),), (8,)),
 }
 # For trying the benchmark itself, also on a CPU; measured only when it is asked for.

@@ -6,17 +6,26 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from benchmarks.engines import AUTO, ENGINES
+from benchmarks.judge import medians_ms
+
 # Colours that also those see apart who do not see red and green (Okabe and Ito, 2008).
-COLOURS = {
-    "compile": "#999999",
-    "reduce-overhead": "#56b4e9",
-    "cuda graph": "#0072b2",
-    "mpsrun streams": "#f0e442",
-    "mpsrun captured": "#009e73",
-    "mpsrun workers": "#e69f00",
-    "mpsrun auto": "#d55e00",
-}
-BAR_PX, GAP_PX, LEFT_PX, WIDTH_PX, TOP_PX = 9, 12, 130, 760, 34
+_PALETTE = (
+    "#999999",
+    "#56b4e9",
+    "#0072b2",
+    "#cc79a7",
+    "#000000",
+    "#f0e442",
+    "#009e73",
+    "#e69f00",
+    "#882255",
+    "#332288",
+)
+_SHOWN = [engine for engine in ENGINES if engine not in ("eager", "mpsrun serial", AUTO)]
+COLOURS = dict(zip(_SHOWN, _PALETTE, strict=False)) | {AUTO: "#d55e00"}
+BAR_PX, GAP_PX, LEFT_PX, WIDTH_PX, TOP_PX = 9, 12, 130, 760, 52
+LEGEND_COLUMNS = 5
 
 
 def svg(rows: Sequence[dict[str, Any]]) -> str:
@@ -41,19 +50,20 @@ def svg(rows: Sequence[dict[str, Any]]) -> str:
 
 def speed_ups(row: dict[str, Any]) -> dict[str, float]:
     """By engine, how often it steps while eager steps once."""
-    times = {engine: cell["ms"][0] for engine, cell in row.get("engines", {}).items() if "failed" not in cell}
+    times = medians_ms(row)
     if "eager" not in times:
         return {}
     return {engine: times["eager"] / times[engine] for engine in COLOURS if engine in times}
 
 
 def _legend() -> list[str]:
-    step = (WIDTH_PX - 20) / len(COLOURS)
-    return [
-        part
-        for i, (engine, colour) in enumerate(COLOURS.items())
-        for part in (_bar(10 + i * step, 8, 10, colour), _text(24 + i * step, 17, engine))
-    ]
+    step = (WIDTH_PX - 20) / LEGEND_COLUMNS
+    parts = []
+    for i, (engine, colour) in enumerate(COLOURS.items()):
+        row, column = divmod(i, LEGEND_COLUMNS)
+        x, y = 10 + column * step, 8 + row * 18
+        parts += [_bar(x, y, 10, colour), _text(x + 14, y + 9, engine)]
+    return parts
 
 
 def _bar(x: float, y: float, width: float, colour: str) -> str:

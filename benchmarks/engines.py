@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import functools
+import unittest.mock
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks import by_hand
+from mpsrun import config
 from mpsrun.run.backend import mpsrun
+from mpsrun.run.recorder import restoring
 
 Call = Callable[..., Any]
 AUTO = "mpsrun auto"
-FORCED = ("mpsrun serial", "mpsrun streams", "mpsrun captured", "mpsrun workers")
+FORCED = tuple(f"mpsrun {lanes}" for lanes in get_args(config.Lanes) if lanes != "auto")
+WITH_WORKERS = (*(engine for engine in FORCED if "workers" in engine), AUTO)
 WARM_UP_STEPS = 6
 MOST_WARM_UP_STEPS = 1000  # `auto` waits until the workers are ready, then tries its candidates
 
@@ -31,13 +36,32 @@ def inductor(mode: str | None, model: nn.Module, _inputs: Sequence[Tensor], _bf1
 def cuda_graph(model: nn.Module, inputs: Sequence[Tensor], bf16: bool) -> Call:
     """Forward and backward pass of the whole network as one CUDA graph each.
 
-    Raises RuntimeError, or what capturing raises, where this cannot be done.
+    Raises RuntimeError, or what capturing raises, where this cannot be done; other engines can be measured after that.
     """
     if not torch.cuda.is_available():
         raise RuntimeError("needs an NVIDIA GPU")
     # Casts that autocast keeps would be kept from one replay to the next; the graph holds them anyway.
-    with torch.autocast("cuda", torch.bfloat16, enabled=bf16, cache_enabled=False):
-        return torch.cuda.make_graphed_callables(model, tuple(inputs), allow_unused_input=True)
+    casts = torch.autocast("cuda", torch.bfloat16, enabled=bf16, cache_enabled=False)
+    graph = torch.cuda.graph
+
+    def undisturbed(*args: Any, **options: Any) -> Any:
+        """The thread that watches mpsrun's workers may look at the GPU meanwhile, which would end the capture."""
+        return graph(*args, **(options | {"capture_error_mode": "thread_local"}))
+
+    device, pool = torch.device("cuda", torch.cuda.current_device()), torch.cuda.graph_pool_handle()
+    with casts, restoring(device, pool), unittest.mock.patch.object(torch.cuda, "graph", undisturbed):
+        return torch.cuda.make_graphed_callables(model, tuple(inputs), allow_unused_input=True, pool=pool)
+
+
+def compiled_graph(model: nn.Module, inputs: Sequence[Tensor], bf16: bool) -> Call:
+    """What PyTorch's compiler makes, as one CUDA graph each for forward and backward."""
+    return cuda_graph(torch.compile(model), inputs, bf16)
+
+
+def streams_graph(model: nn.Module, inputs: Sequence[Tensor], bf16: bool) -> Call:
+    """Branches put on streams by hand, within one CUDA graph each for forward and backward."""
+    by_hand.put_on_streams(model)
+    return cuda_graph(model, inputs, bf16)
 
 
 def lanes(kind: str, model: nn.Module, _inputs: Sequence[Tensor], _bf16: bool) -> Call:
@@ -50,5 +74,10 @@ ENGINES: dict[str, Callable[[nn.Module, Sequence[Tensor], bool], Call]] = {
     "compile": functools.partial(inductor, None),
     "reduce-overhead": functools.partial(inductor, "reduce-overhead"),
     "cuda graph": cuda_graph,
+    "compile in graph": compiled_graph,
+    "streams in graph": streams_graph,
     **{name: functools.partial(lanes, name.removeprefix("mpsrun ")) for name in (*FORCED, AUTO)},
 }
+SLOW = ("compile", "reduce-overhead", "compile in graph")  # Inductor takes minutes: only those who ask get them
+USUAL = tuple(engine for engine in ENGINES if engine not in SLOW)
+NO_HANDWORK = ("eager", "compile", "reduce-overhead", "cuda graph")

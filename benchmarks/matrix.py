@@ -11,10 +11,12 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
+from benchmarks import bound, memory
 from benchmarks.cases import Case
-from benchmarks.engines import AUTO, FORCED
-from benchmarks.steps import Stepper, device, spread
-from mpsrun.run import report, session
+from benchmarks.engines import FORCED, WITH_WORKERS
+from benchmarks.judge import judge
+from benchmarks.steps import FEW_STEPS, Stepper, device, spread
+from mpsrun.run import session
 
 Cells = dict[str, dict[str, Any]]
 
@@ -25,8 +27,7 @@ DYNAMO = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
 
 def measure(case: Case, engines: Sequence[str], repeats: int, steps: int, compared: Sequence[str]) -> dict[str, Any]:
     """Time all engines and compare the results of some; an engine that fails has the reason instead."""
-    torch.manual_seed(0)
-    model = case.of.make()
+    model = make(case)
     cells: Cells = {engine: {} for engine in engines}
     with torch._dynamo.config.patch(DYNAMO):
         time_engines(case, model, cells, repeats, steps)
@@ -34,48 +35,82 @@ def measure(case: Case, engines: Sequence[str], repeats: int, steps: int, compar
         compare(case, model, {engine: cells[engine] for engine in engines if engine in compared})
         forget()
     narrow = "tf32" if device() == "cuda" else "fp32"
-    row = {"network": case.network, "batch": case.batch, "dtype": "bf16" if case.of.bf16 else narrow}
+    row = {"network": case.network, "batch": case.batch, "dtype": "bf16" if case.of.bf16 else narrow, "engines": cells}
     lost = lost_workers()
-    return row | {"engines": cells} | judge(cells) | ({"lost": lost} if lost else {})
+    return row | judge(row) | ({"lost": lost} if lost else {})
+
+
+def find_bound(case: Case) -> dict[str, Any]:
+    """How fast a step could be at best, or why that is not known."""
+    found: dict[str, Any] = {}
+    with torch._dynamo.config.patch(DYNAMO), _failing_into(found):
+        found |= bound.measure(case, make(case))
+    forget()
+    return found
+
+
+def make(case: Case) -> nn.Module:
+    """The network, the same each time."""
+    torch.manual_seed(0)
+    return case.of.make()
 
 
 def time_engines(case: Case, model: nn.Module, cells: Cells, repeats: int, steps: int) -> None:
-    """Fill in milliseconds a step; engines take turns, so that a drift of the machine meets all of them alike."""
+    """Fill in milliseconds a step and memory; engines take turns, so that drift of the machine meets all alike."""
     steppers: dict[str, Stepper] = {}
     for engine, cell in cells.items():
         with _failing_into(cell):
             steppers[engine] = _set_up(case, model, engine, cell)
-    times: dict[str, list[float]] = {engine: [] for engine in steppers}
-    for _ in range(repeats):
-        for engine in [*steppers]:
-            with _failing_into(cells[engine]):
-                times[engine].append(steppers[engine].time_steps(steps))
-            if "failed" in cells[engine]:
-                del steppers[engine]
+    _turn(steppers, cells, FEW_STEPS)  # the allocator's cache was emptied for those that came later
+    turns = [_turn(steppers, cells, steps) for _ in range(repeats)]
     for engine in steppers:
-        cells[engine]["ms"] = spread(times[engine])
+        cells[engine]["ms"] = spread([turn[engine] for turn in turns])
         set_up = cells[engine]["set-up"]
         set_up["extra s"] = round(set_up["s"] - set_up["steps"] * cells[engine]["ms"][0] / 1e3, 2)
 
 
+def _turn(steppers: dict[str, Stepper], cells: Cells, steps: int) -> dict[str, float]:
+    """Milliseconds a step by engine; one that fails takes no further part."""
+    times: dict[str, float] = {}
+    for engine in [*steppers]:
+        with _failing_into(cells[engine]):
+            times[engine] = steppers[engine].time_steps(steps)
+        if "failed" in cells[engine]:
+            del steppers[engine]
+    return times
+
+
 def _set_up(case: Case, model: nn.Module, engine: str, cell: dict[str, Any]) -> Stepper:
-    known = len(report.graphs)
+    source = memory.allocator()
+    meter = memory.Meter(source) if source is not None else None
     stepper = Stepper(case, model, engine)
     cell["set-up"] = {"s": round(stepper.warm_up(), 2), "steps": stepper.warm_up_steps}
     if engine in FORCED:
-        ran = [region for graph in report.graphs[known:] for region in graph.regions if region.calls]
+        ran = [region for graph in stepper.graphs for region in graph.regions if region.calls]
         cell["regions on lanes"] = len(ran)
+    if meter is not None:
+        cell["memory"] = meter.measure(lambda: stepper.time_steps(FEW_STEPS), engine in WITH_WORKERS)
     return stepper
 
 
 def compare(case: Case, model: nn.Module, cells: Cells) -> None:
-    """Fill in how far loss and gradients are from eager's, with TF32 off and the same algorithms of cuDNN."""
+    """Fill in how far loss and gradients are from eager's, with TF32 off and the same algorithms of cuDNN.
+
+    Where that cannot be found out, the reason stands in its place, and the engine keeps its times.
+    """
+    wanted = [engine for engine, cell in cells.items() if engine != "eager" and "failed" not in cell]
+    if not wanted:
+        return
+    plain: list[Tensor] = []
+    why: dict[str, Any] = {}
     with _exact():
-        plain = _results(case, model, "eager")
-        for engine, cell in cells.items():
-            if engine != "eager" and "failed" not in cell:
-                with _failing_into(cell):
-                    cell["deviation"] = deviation(plain, _results(case, model, engine))
+        with _failing_into(why):
+            plain = _results(case, model, "eager")
+        for engine in wanted:
+            found = cells[engine]["deviation"] = {**why}
+            if not why:
+                with _failing_into(found):
+                    found |= deviation(plain, _results(case, model, engine))
 
 
 def _results(case: Case, model: nn.Module, engine: str) -> list[Tensor]:
@@ -94,18 +129,6 @@ def deviation(plain: Sequence[Tensor], other: Sequence[Tensor]) -> dict[str, flo
     difference = torch.stack([(a - b).norm() for a, b in zip(plain[1:], other[1:], strict=True)]).norm()
     total = torch.stack([a.norm() for a in plain[1:]]).norm()
     return {"loss": loss, "gradients": (difference / total).item()}
-
-
-def judge(cells: Cells) -> dict[str, float]:
-    """What mpsrun's choice gains over eager, and what it loses against the best of its forced lanes (its regret)."""
-    medians = {engine: cell["ms"][0] for engine, cell in cells.items() if "ms" in cell and "failed" not in cell}
-    found: dict[str, float] = {}
-    if AUTO in medians and "eager" in medians:
-        found["speed-up"] = round(medians["eager"] / medians[AUTO], 3)
-    forced = [medians[engine] for engine in FORCED if engine in medians]
-    if AUTO in medians and forced:
-        found["regret"] = round(medians[AUTO] / min(forced) - 1, 4)
-    return found
 
 
 def lost_workers() -> list[str]:

@@ -13,10 +13,14 @@ from typing import Any
 
 import torch
 
+from benchmarks.judge import judge
 from mpsrun import config
 
 ROOT = Path(__file__).parents[1]
-FIGURES = "ms: median, minimum, maximum of the repeats; deviation: relative to eager; run: index of runs"
+FIGURES = (
+    "ms: median, minimum, maximum of the repeats; deviation: relative to eager; memory: at most, beyond what other "
+    "engines hold; bound: see docs/benchmarks.md; run: index of runs"
+)
 
 
 @dataclass
@@ -46,7 +50,36 @@ class Results:
 
     def has(self, network: str, batch: int) -> bool:
         """Whether this row was measured."""
-        return any((row["network"], row["batch"]) == (network, batch) and "engines" in row for row in self.rows)
+        return "engines" in self._row(network, batch)
+
+    def lacks_bound(self, network: str, batch: int) -> bool:
+        """Whether this row was measured, and its bound was not."""
+        return self.has(network, batch) and "ms" not in self._row(network, batch).get("bound", {})
+
+    def put_bound(self, network: str, batch: int, bound: dict[str, Any]) -> dict[str, Any]:
+        """Add the bound to a row, which keeps its run; returns the row."""
+        row = self._row(network, batch)
+        row["bound"] = bound
+        row |= judge(row)
+        return row
+
+    def _row(self, network: str, batch: int) -> dict[str, Any]:
+        return next((row for row in self.rows if (row["network"], row["batch"]) == (network, batch)), {})
+
+    def merge(self, other: Results) -> None:
+        """Take over what another file holds, each row with its run; a row without figures replaces none that has some.
+
+        Rows are taken as a whole, since the engines of a row were measured beside each other.
+        """
+        for row in other.rows:
+            if "engines" in row or not self.has(row["network"], row["batch"]):
+                self.put_row(row, other.runs[row["run"]])
+        for part in other.parts:
+            self.put_part(part, other.runs[part["run"]])
+        used = sorted({entry["run"] for entry in (*self.rows, *self.parts)})
+        self.runs = [self.runs[index] for index in used]
+        for entry in (*self.rows, *self.parts):
+            entry["run"] = used.index(entry["run"])
 
     def put_row(self, row: dict[str, Any], run: dict[str, Any]) -> None:
         """Add a row, or replace the one of the same network and batch."""

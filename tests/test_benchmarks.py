@@ -1,5 +1,7 @@
 """The benchmark on a CPU: all engines on a tiny network, engines that fail, a run that goes on."""
 
+import contextlib
+import copy
 import dataclasses
 import importlib.machinery
 import importlib.util
@@ -14,12 +16,16 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import captured_host, matrix, page, steps
-from benchmarks.cases import NETWORKS, TRIAL, Case, Network, chosen
-from benchmarks.engines import ENGINES
+from benchmarks import bound, by_hand, captured_host, matrix, memory, page, steps
+from benchmarks.cases import NETWORKS, TRIAL, Case, Input, Network, chosen
+from benchmarks.engines import AUTO, ENGINES, SLOW
 from benchmarks.results import Results
-from mpsrun.run import state
+from examples.networks import GoogLeNet
+from mpsrun.run import report, state
 from mpsrun.run.coordinator import Coordinator
+from mpsrun.run.demand import Demand
+from mpsrun.run.profile import Alone
+from mpsrun.run.recorder import recorder
 
 ROOT = Path(__file__).parent.parent
 (TRIAL_CASE,) = chosen(["trial"])
@@ -67,7 +73,7 @@ def test_engines_take_turns_and_compute_the_same(workers: Coordinator, monkeypat
     for engine in [*cells][1:]:
         assert cells[engine]["deviation"]["loss"] < 1e-5
         assert cells[engine]["deviation"]["gradients"] < 1e-5
-    assert {"speed-up", "regret"} <= set(row)
+    assert {"speed-up", "regret", "against all", "against no handwork"} <= set(row)
 
 
 @pytest.mark.slow
@@ -81,10 +87,10 @@ def test_a_failing_engine_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> 
         raise torch.OutOfMemoryError("out of memory\nmore lines")
 
     def stumble(model: nn.Module, *_: Any) -> Any:
-        calls = iter(range(8))
+        calls = iter(range(11))
 
         def call(x: torch.Tensor) -> torch.Tensor:
-            if next(calls) == 7:  # in the first repeat, after six steps of warm-up
+            if next(calls) == 10:  # in the first repeat, after nine steps of warm-up
                 raise ValueError("too many steps")
             return model(x)
 
@@ -97,6 +103,296 @@ def test_a_failing_engine_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> 
     assert row["engines"]["reduce-overhead"]["failed"] == "ValueError: too many steps"
     assert "ms" not in row["engines"]["reduce-overhead"]
     assert len(row["engines"]["eager"]["ms"]) == 3
+
+
+@pytest.mark.parametrize("broken", ["eager", "compile"])
+def test_a_comparison_that_fails_leaves_the_times(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENGINES, "compile", lambda model, *_: model)
+    plain = matrix._results
+
+    def results(case: Case, model: nn.Module, engine: str) -> list[torch.Tensor]:
+        if engine == broken:
+            raise torch.OutOfMemoryError("out of memory")
+        return plain(case, model, engine)
+
+    monkeypatch.setattr(matrix, "_results", results)
+    row = matrix.measure(TRIAL_CASE, ["eager", "compile"], 1, 1, ["compile"])
+    assert row["engines"]["compile"]["deviation"] == {"failed": "OutOfMemoryError: out of memory"}
+    assert len(row["engines"]["compile"]["ms"]) == 3
+    found = Results()
+    found.put_row(row, {})
+    assert "- trial 4, compile, deviation: OutOfMemoryError: out of memory" in page.page(found, "")
+
+
+def test_the_warm_up_waits_for_its_own_graphs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    left_behind = report.Graph(undecided={"training of another network"})
+    monkeypatch.setattr(report, "graphs", [left_behind])
+    stepper = steps.Stepper(TRIAL_CASE, TRIAL_CASE.of.make(), "eager")
+    stepper.warm_up()
+    assert stepper.warm_up_steps == steps.WARM_UP_STEPS
+
+
+def test_the_bound_on_a_cpu_is_made_of_wall_time() -> None:
+    found = matrix.find_bound(TRIAL_CASE)
+    assert 0 < found["ms"] == found["critical path ms"] <= found["one after the other ms"]
+    assert set(found) == {"ms", "critical path ms", "one after the other ms"}
+
+
+def test_a_bound_that_fails_has_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix.bound, "measure", lambda *_: 1 / 0)
+    assert matrix.find_bound(TRIAL_CASE) == {"failed": "ZeroDivisionError: division by zero"}
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, step: Demand, branches: list[Demand | None]) -> None:
+    """The trial network as if it had been looked at on a GPU: the kernels of a step, and those of its branches."""
+    (seen,) = bound.explain.networks(TRIAL_CASE.of.make(), tuple(TRIAL_CASE.make_inputs()))
+    alone = [Alone(1.0, 1.0, demand=demand) for demand in branches]
+    network = dataclasses.replace(seen, kind="cuda", times={region.index: alone for region in seen.regions})
+    monkeypatch.setattr(bound, "device", lambda: "cuda")
+    monkeypatch.setattr(bound, "_whole_step", lambda *_: step)
+    monkeypatch.setattr(bound, "_networks", lambda *_: [network])
+
+
+@pytest.mark.parametrize(("full_us", "bound_ms"), [(500.0, 0.7), (900.0, 0.9)])
+def test_the_bound(full_us: float, bound_ms: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_gpu(monkeypatch, Demand(1000.0, full_us), [Demand(us, 1.0) for us in (100.0, 300.0, 200.0)])
+    assert bound.measure(TRIAL_CASE, nn.Identity()) == {
+        "ms": bound_ms,
+        "critical path ms": 0.7,  # 1000 - (100 + 300 + 200) + 300
+        "one after the other ms": 1.0,
+        "full GPU ms": full_us / 1000,
+    }
+
+
+def test_one_branch_after_the_other_is_a_way_to_run_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_gpu(monkeypatch, Demand(1000.0, 500.0), [Demand(us, 1.0) for us in (100.0, 3000.0, 200.0)])
+    assert bound.measure(TRIAL_CASE, nn.Identity())["ms"] == 1.0
+
+
+def test_a_bound_needs_all_branches(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_gpu(monkeypatch, Demand(1000.0, 500.0), [Demand(100.0, 1.0), None, Demand(100.0, 1.0)])
+    with pytest.raises(RuntimeError, match="the profiler told of no kernels"):
+        bound.measure(TRIAL_CASE, nn.Identity())
+
+
+class Gpu:
+    """An allocator's figures, MiB: what is held when asked, then the peaks of steps."""
+
+    def __init__(self) -> None:
+        self.tidied = 0
+        self.now = [(100, 120), (140, 200)]
+
+    def tidy(self) -> None:
+        self.tidied += 1
+
+    def held(self) -> tuple[int, int]:
+        allocated, reserved = self.now.pop(0)
+        return allocated << 20, reserved << 20
+
+    def peak(self, steps: Any) -> tuple[int, int]:
+        steps()
+        return 500 << 20, 640 << 20
+
+
+def test_memory_of_others_is_not_an_engines_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, links = Gpu(), [SimpleNamespace(pid=10, lost=None), SimpleNamespace(pid=11, lost=None)]
+    owner = SimpleNamespace(links=links, arena_bytes=48 << 20)
+    monkeypatch.setattr(memory, "allocator", lambda: gpu)
+    monkeypatch.setattr(memory.session, "current", lambda: owner)
+    monkeypatch.setattr(memory.nvml, "memory_by_pid", lambda: {10: 600, 11: 500, 12: 9000})
+    cells: matrix.Cells = {"eager": {}, "mpsrun auto": {}}
+    monkeypatch.setitem(ENGINES, "mpsrun auto", lambda model, *_: model)
+    matrix.time_engines(TRIAL_CASE, TRIAL_CASE.of.make(), cells, 1, 1)
+    assert cells["eager"]["memory"] == {"reserved MiB": 520.0, "allocated MiB": 400.0}
+    lead = {"reserved MiB": 440.0, "allocated MiB": 360.0}
+    assert cells["mpsrun auto"]["memory"] == lead | {"workers": 2, "workers MiB": 1148}
+    assert gpu.tidied == 4  # before each engine, and before the steps that are looked at
+
+    monkeypatch.setattr(memory.nvml, "memory_by_pid", lambda: {10: 600, 11: 0})  # a driver that does not tell
+    gpu.now = [(0, 0)]
+    assert memory.Meter(gpu).measure(lambda: None, True)["workers MiB"] is None
+
+
+def test_recordings_of_two_engines_share_no_pool() -> None:
+    first = recorder(torch.device("cpu"))
+    gpu = Gpu()
+    memory.Meter(gpu)
+    assert recorder(torch.device("cpu")) is not first
+
+
+@pytest.mark.parametrize("name", ["towers", "pathnet", "two-towers", "ensemble", "wide", "inception", "hrnet"])
+def test_branches_by_hand_compute_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(name, 2, NETWORKS[name])
+    if why := case.why_not_here():
+        pytest.skip(why)
+    forks: list[int] = []
+    plain = by_hand.beside
+
+    def counted(*branches: Any, first: int = 0) -> list[torch.Tensor]:
+        forks.append(len(branches))
+        return plain(*branches, first=first)
+
+    monkeypatch.setattr(by_hand, "beside", counted)
+    assert_same_by_hand(case)
+    assert len(forks) == {"pathnet": 6, "inception": 15, "hrnet": 16}.get(name, 1)
+    assert min(forks) > 1
+
+
+def test_inception_by_hand_computes_the_same() -> None:
+    small = lambda: GoogLeNet(5, 0.1, stem_stride=1)  # noqa: E731
+    assert_same_by_hand(Case("googlenet", 2, Network(small, (Input((3, 16, 16)),), (2,))))
+
+
+def assert_same_by_hand(case: Case) -> None:
+    torch.manual_seed(0)
+    model = case.of.make()
+    other = copy.deepcopy(model)
+    by_hand.put_on_streams(other)
+    inputs = case.make_inputs()
+    losses = [case.of.loss(network(*inputs)) for network in (model, other)]
+    for loss in losses:
+        loss.backward()
+    assert torch.equal(*losses)
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+class Stream:
+    """A stream that notes what it waits for."""
+
+    def __init__(self, log: list[str], name: str) -> None:
+        self.log, self.name = log, name
+
+    def record_event(self) -> str:
+        return f"event of {self.name}"
+
+    def wait_event(self, event: str) -> None:
+        self.log.append(f"{self.name} waits for {event}")
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+class Value:
+    """A tensor on a GPU that is not there."""
+
+    is_cuda = True
+
+    def __init__(self, log: list[str], name: str) -> None:
+        self.log, self.name = log, name
+
+    def record_stream(self, stream: Stream) -> None:
+        self.log.append(f"{self.name} lent to {stream.name}")
+
+
+def test_the_order_of_streams_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    numbers = iter(range(9))
+    current = [Stream(log, "main")]
+
+    @contextlib.contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        current.append(stream)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(by_hand, "_streams", [])
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: Stream(log, f"side {next(numbers)}"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "stream", on)
+
+    def branch(name: str) -> Any:
+        def run(_value: Value) -> Value:
+            log.append(f"{name} on {current[-1].name}")
+            return Value(log, name)
+
+        return run
+
+    x = Value(log, "x")
+    assert [value.name for value in by_hand.beside((branch("a"), x), (branch("b"), x), first=1)] == ["a", "b"]
+    assert log == [
+        "side 1 waits for event of main",
+        "x lent to side 1",
+        "a on side 1",
+        "side 2 waits for event of main",
+        "x lent to side 2",
+        "b on side 2",
+        "main waits for side 1",
+        "a lent to main",
+        "main waits for side 2",
+        "b lent to main",
+    ]
+
+
+def test_a_network_that_nobody_split_by_hand() -> None:
+    with pytest.raises(ValueError, match="found none in Linear"):
+        by_hand.put_on_streams(nn.Linear(2, 2))
+
+
+class Generator:
+    """That of a GPU, at some place of its sequence."""
+
+    def __init__(self, _device: Any = None) -> None:
+        self.place: Any = ("seed", "offset")
+
+    def initial_seed(self) -> Any:
+        return self.place[0]
+
+    def get_offset(self) -> Any:
+        return self.place[1]
+
+    def manual_seed(self, seed: Any) -> "Generator":
+        self.place = (seed, 0)
+        return self
+
+    def set_offset(self, offset: Any) -> None:
+        self.place = (self.place[0], offset)
+
+    def graphsafe_set_state(self, other: "Generator") -> None:
+        self.state_of = other
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A GPU that is only asked for captures: their options; pools left in the state of a capture; its generator."""
+    seen = SimpleNamespace(options=[], open_pools=[], generator=Generator(), fails=False)
+
+    def graphed(model: Any, _inputs: Any, allow_unused_input: bool, pool: Any) -> Any:
+        assert allow_unused_input
+        torch.cuda.graph("graph", pool=pool, capture_error_mode="global")
+        seen.open_pools.append(pool)
+        if seen.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        seen.open_pools.remove(pool)
+        return model
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+    monkeypatch.setattr(torch.cuda, "default_generators", (seen.generator,))
+    monkeypatch.setattr(torch, "Generator", Generator)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", graphed)
+    monkeypatch.setattr(torch.cuda, "graph", lambda _graph, **options: seen.options.append(options))
+    end = lambda _device, pool: seen.open_pools.remove(pool)  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    return seen
+
+
+@pytest.mark.parametrize("engine", ["cuda graph", "compile in graph", "streams in graph"])
+def test_captures_are_those_of_their_thread(engine: str, captures: SimpleNamespace) -> None:
+    before = torch.cuda.graph
+    ENGINES[engine](TRIAL_CASE.of.make(), [torch.ones(2)], False)
+    assert captures.options == [{"pool": (0, 7), "capture_error_mode": "thread_local"}]
+    assert torch.cuda.graph is before
+
+
+def test_after_a_capture_that_fails_others_can_be_measured(captures: SimpleNamespace) -> None:
+    captures.fails, before = True, torch.cuda.graph
+    with pytest.raises(RuntimeError, match="not permitted"):
+        ENGINES["cuda graph"](nn.Linear(2, 2), [torch.ones(2)], False)
+    assert captures.open_pools == []
+    assert captures.generator.state_of.place == ("seed", "offset")
+    assert torch.cuda.graph is before
 
 
 def test_a_wrong_gradient_shows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,8 +515,18 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, _settings: None) -> A
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
 
-    def call(*args: str) -> None:
-        common = ["--json", str(tmp_path / "bench.json"), "--parts", "", "--repeats", "1", "--steps", "1"]
+    def call(*args: str) -> None:  # without bounds, where they are not asked for
+        common = [
+            "--json",
+            str(tmp_path / "bench.json"),
+            "--parts",
+            "",
+            "--repeats",
+            "1",
+            "--steps",
+            "1",
+            "--no-bounds",
+        ]
         monkeypatch.setattr(sys, "argv", ["bench", *common, *args])
         module.main()
 
@@ -274,6 +580,78 @@ def test_a_lost_worker_ends_the_run(bench: Any, tmp_path: Path, monkeypatch: pyt
     results = Results.read(tmp_path / "bench.json")
     assert [row["batch"] for row in results.rows] == [2]
     assert "- trial 2: worker 2 was lost: killed" in page.page(results, "")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Nothing is measured; which engines should be timed and compared."""
+    engines: list[list[str]] = []
+
+    def measured(case: Case, timed: list[str], _repeats: int, _steps: int, compared: list[str]) -> dict[str, Any]:
+        engines.extend([timed, compared])
+        return {"network": case.network, "batch": case.batch, "dtype": "fp32", "engines": {AUTO: {"ms": [2.0] * 3}}}
+
+    monkeypatch.setattr(matrix, "measure", measured)
+    return engines
+
+
+def test_nobody_waits_for_inductor_unasked(bench: Any, asked: list[list[str]]) -> None:
+    bench("--only", "trial")
+    assert asked == [[engine for engine in ENGINES if engine not in SLOW]] * 2
+
+
+@pytest.mark.usefixtures("asked")
+def test_figures_of_several_files(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TRIAL, "trial", dataclasses.replace(TRIAL["trial"], batches=(2, 4)))
+    for commit, batches in (("abc1234", "trial"), ("def5678", "trial-4")):
+        monkeypatch.setenv("MPSRUN_COMMIT", commit)
+        bench("--only", batches)
+        (tmp_path / "bench.json").rename(tmp_path / f"{commit}.json")
+    merged = [f"--merge={tmp_path / commit}.json" for commit in ("abc1234", "def5678")]
+    bench("--only", "", *merged, "--page", str(tmp_path / "page.md"))
+    results = Results.read(tmp_path / "bench.json")
+    commits = [(row["batch"], results.runs[row["run"]]["commit"]) for row in results.rows]
+    assert commits == [(2, "abc1234"), (4, "def5678")]
+    assert "commit def5678: trial 4." in (tmp_path / "page.md").read_text()
+
+
+def test_bounds_come_last_and_go_on(
+    bench: Any,
+    asked: list[list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(TRIAL, "trial", dataclasses.replace(TRIAL["trial"], batches=(2, 4, 8)))
+    turns: list[Any] = []
+
+    def bounded(case: Case) -> dict[str, Any]:
+        turns.append((case.batch, len(asked) // 2))  # how many rows there are by then
+        return {"ms": 0.5} if case.batch == 2 else {"failed": "no profiler"}
+
+    monkeypatch.setattr(matrix, "find_bound", bounded)
+    monkeypatch.setenv("MPSRUN_COMMIT", "abc1234")
+    bench("--only", "trial-2,trial-4", "--bounds")
+    assert turns == [(2, 2), (4, 2)]
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert told[2] == {"network": "trial", "batch": 2, "bound": {"ms": 0.5}, "share of the bound": 0.25}
+    monkeypatch.setenv("MPSRUN_COMMIT", "def5678")
+    bench("--only", "trial-2,trial-4", "--bounds", "--minutes", "0")
+    assert "stopped before the bound of trial-4" in capsys.readouterr().out
+    bench("--only", "trial", "--bounds")
+    assert turns[2:] == [(4, 3), (8, 3)]
+    rows = Results.read(tmp_path / "bench.json").rows
+    assert [(row["batch"], row["run"], row["bound"]) for row in rows] == [
+        (2, 0, {"ms": 0.5}),
+        (4, 0, {"failed": "no profiler"}),
+        (8, 1, {"failed": "no profiler"}),
+    ]
+
+
+def test_a_file_to_merge_that_is_not_there(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench("--merge", "nix.json")
+    assert "found no nix.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("option", "value"), [("--only", "nix"), ("--engines", "nix"), ("--parts", "nix")])

@@ -13,9 +13,10 @@ from mpsrun.graph.effects import analyze, drop_inert
 from mpsrun.graph.regions import Regions, find_regions
 from mpsrun.plan.cost import MACHINES, Costs
 from mpsrun.run import profile
+from mpsrun.run.demand import Demand
 from mpsrun.run.layout import TensorMeta
 from mpsrun.run.observe import Observer
-from mpsrun.run.profile import Alone, NotMeasured, Profiler, measured_us
+from mpsrun.run.profile import Alone, NotMeasured, Profiler, kernels_us, measured_us
 
 COSTS = Costs(MACHINES["cpu"])
 
@@ -183,3 +184,35 @@ def test_a_model_trains_on_as_if_nothing_had_been_measured() -> None:
     plain(*inputs)
     for one, other in zip(plain.state_dict().values(), measured.state_dict().values(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_kernels_of_all_branches_are_looked_at_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The profiler is a GPU's: here it finds a kernel for each branch, and every branch did run for it."""
+    ran = []
+
+    def measure(runs: Any) -> list[Demand]:
+        ran.extend(run() for run in runs)
+        return [Demand(10.0 * number, 5.0) for number in range(1, len(ran) + 1)]
+
+    init = Profiler.__init__
+
+    def in_detail(self: Profiler, *args: Any) -> None:
+        init(self, *args)
+        self._in_detail = True
+
+    monkeypatch.setattr(Profiler, "__init__", in_detail)
+    monkeypatch.setattr(Profiler, "_peak_bytes", lambda *_: 4096)
+    monkeypatch.setattr(profile.demand, "measure", measure)
+    case = SMALL["towers"]
+    ((regions, times),) = profiled(case.model(), *case.inputs())
+    found = [alone for branches in times.values() for alone in branches]
+    assert len(ran) == len(found) == sum(len(region.branches) for region in regions.regions)
+    assert [alone.demand.kernel_us for alone in found] == [10.0 * number for number in range(1, len(found) + 1)]
+    assert {alone.peak_bytes for alone in found} == {4096}
+    assert [us for region in kernels_us(times).values() for us in region] == [alone.demand.kernel_us for alone in found]
+
+    monkeypatch.setattr(profile.demand, "measure", lambda _runs: None)
+    ((_, times),) = profiled(case.model(), *case.inputs())
+    assert all(alone.demand is None for branches in times.values() for alone in branches)
+    assert kernels_us(times) == {}
+    assert sorted(measured_us(times)) == sorted(times)

@@ -231,6 +231,11 @@ class Coordinator:
         """Grows where a worker took the place of another one, or had no memory for something."""
         return self._watcher.taken_in + self._watcher.shortages
 
+    @property
+    def arena_bytes(self) -> int:
+        """The memory of all slots, which lead and workers share."""
+        return sum(chunk.handle.size_bytes for chunk in self._arena.chunks.values())
+
     # ---- set-up of crossings
 
     def renew(self, crossing: Crossing, args: Sequence[Any]) -> Crossing:

@@ -1,13 +1,13 @@
-"""How much of a GPU's multiprocessors the kernels of a branch ask for, from what torch's profiler says of them."""
+"""How long kernels run and how much of a GPU's multiprocessors they fill, from what torch's profiler says of them."""
 
 from __future__ import annotations
 
 import functools
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from mpsrun import log
 
+Trace = Mapping[str, Any]
 WARP = 32
 # What the driver keeps of each block's shared memory, and the blocks that fit at most (compute capability 8 and 9).
 RESERVED_SHARED_BYTES, MOST_BLOCKS = 1024, 32
+MARKER = "spin_kernel"  # that of `torch.cuda._sleep`
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Kernel:
     us: float
 
     def demand(self, gpu: Multiprocessors) -> float:
-        """The part of the GPU that its blocks fill, from 0 to 1."""
+        """The part of the GPU that its blocks fill on average, from 0 to 1; the last wave of them may fill little."""
         warps = -(-self.threads // WARP)
         fitting = min(
             MOST_BLOCKS,
@@ -61,28 +63,72 @@ class Kernel:
             gpu.registers // max(1, self.registers * warps * WARP),
             gpu.shared_bytes // (self.shared_bytes + RESERVED_SHARED_BYTES),
         )
-        return min(1.0, self.blocks / (gpu.count * max(1, fitting)))
+        waves = self.blocks / (gpu.count * max(1, fitting))
+        return waves / max(1, ceil(waves))
 
 
-def sm_demand(kernels: Sequence[Kernel], gpu: Multiprocessors) -> float | None:
-    """The mean over the time of these kernels; None where there are none."""
-    total_us = sum(kernel.us for kernel in kernels)
-    return sum(kernel.us * kernel.demand(gpu) for kernel in kernels) / total_us if total_us else None
+@dataclass(frozen=True)
+class Demand:
+    """What kernels take of a GPU that run one after the other.
+
+    kernel_us: how long they run. full_us: how long they would, were all multiprocessors full of their blocks.
+    """
+
+    kernel_us: float
+    full_us: float
+
+    @classmethod
+    def of(cls, kernels: Sequence[Kernel], gpu: Multiprocessors) -> Demand:
+        return cls(sum(kernel.us for kernel in kernels), sum(kernel.us * kernel.demand(gpu) for kernel in kernels))
+
+    @property
+    def share(self) -> float | None:
+        """The part of the multiprocessors that they fill, from 0 to 1, by time; None where there are no kernels."""
+        return self.full_us / self.kernel_us if self.kernel_us else None
 
 
-def kernels_of(trace: Mapping[str, Any]) -> list[Kernel]:
-    """The kernels of a trace in Chrome's form, as torch's profiler exports it."""
-    found = []
-    for event in trace.get("traceEvents", ()):
+def kernels_of(trace: Trace) -> list[list[Kernel]]:
+    """The kernels between each two markers of a trace in Chrome's form, as torch's profiler exports it."""
+    runs: list[list[Kernel]] = []
+    for event in sorted((e for e in trace.get("traceEvents", ()) if e.get("cat") == "kernel"), key=lambda e: e["ts"]):
         told = event.get("args", {})
-        if event.get("cat") == "kernel" and "grid" in told and "block" in told:
+        if MARKER in event["name"]:
+            runs.append([])
+        elif runs and "grid" in told and "block" in told:
             registers, shared_bytes = told.get("registers per thread", 0), told.get("shared memory", 0)
-            found.append(Kernel(prod(told["grid"]), prod(told["block"]), registers, shared_bytes, event["dur"]))
-    return found
+            kernel = Kernel(prod(told["grid"]), prod(told["block"]), registers, shared_bytes, event["dur"])
+            runs[-1].append(kernel)
+    return runs
 
 
-def measure(run: Callable[[], object]) -> float | None:
-    """The demand of what `run` launches, which is waited for; None where the profiler cannot say."""
+def measure(runs: Iterable[Callable[[], object]]) -> list[Demand] | None:
+    """The demand of what each of `runs` launches, which is waited for; None where the profiler cannot say.
+
+    All of them share one start of the profiler, which takes far longer than they do. What is launched to make the next
+    one counts for none.
+    """
+    count = 0
+
+    def marked() -> None:
+        nonlocal count
+        for run in runs:
+            _mark()
+            run()
+            _mark()
+            count += 1
+
+    trace = _traced(marked)
+    if trace is None:
+        return None
+    found = kernels_of(trace)[::2]
+    if len(found) != count:
+        _say_why(f"{len(found)} runs in its trace of {count}")
+        return None
+    gpu = Multiprocessors.of_current()
+    return [Demand.of(kernels, gpu) for kernels in found]
+
+
+def _traced(run: Callable[[], object]) -> Trace | None:
     try:
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             run()
@@ -90,11 +136,18 @@ def measure(run: Callable[[], object]) -> float | None:
         with tempfile.TemporaryDirectory(prefix="mpsrun-") as folder:
             path = Path(folder) / "trace.json"
             profiler.export_chrome_trace(str(path))
-            kernels = kernels_of(json.loads(path.read_text()))
+            found: Trace = json.loads(path.read_text())
+            return found
     except (RuntimeError, OSError, ValueError) as error:
         _say_why(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
         return None
-    return sm_demand(kernels, Multiprocessors.of_current())
+
+
+def _mark() -> None:
+    """A kernel that no run has, with nothing under way on any stream before or after it."""
+    torch.cuda.synchronize()
+    torch.cuda._sleep(1)
+    torch.cuda.synchronize()
 
 
 @functools.cache

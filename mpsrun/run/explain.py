@@ -35,6 +35,15 @@ def explain(model: Callable[..., Any], inputs: Any) -> Explanation:
     count as they are. The model and the random generators are left as they were; what its forward does elsewhere is
     done once.
     """
+    return together([watched.explanation(number) for number, watched in enumerate(_look(model, inputs))])
+
+
+def networks(model: Callable[..., Any], inputs: Any) -> list[Network]:
+    """What `explain` starts from: the graphs of `model(*inputs)` with the times of their branches alone."""
+    return [watched.network for watched in _look(model, inputs) if watched.network is not None]
+
+
+def _look(model: Callable[..., Any], inputs: Any) -> list[Watched]:
     model = getattr(model, "_orig_mod", model)  # of a `torch.compile`
     args = () if isinstance(inputs, Mapping) else tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     kwargs = inputs if isinstance(inputs, Mapping) else {}
@@ -46,7 +55,7 @@ def explain(model: Callable[..., Any], inputs: Any) -> Explanation:
 
     with _unchanged(model), torch._dynamo.config.patch(allow_rnn=True):
         torch.compile(caller(model), backend=compiler)(*args, **kwargs)
-    return together([watched.explanation(number) for number, watched in enumerate(found)])
+    return found
 
 
 def watched(gm: fx.GraphModule, graph: Graph) -> Callable[..., Any]:

@@ -111,7 +111,7 @@ def _branches(region: Region, network: Network, plan: RegionPlan, longest: int) 
             kernels=branch.kernels,
             flops=branch.flops,
             peak_bytes=measured.peak_bytes if measured else None,
-            sm_demand=measured.sm_demand if measured else None,
+            sm_demand=measured.demand.share if measured and measured.demand else None,
         )
 
 

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import msgspec
@@ -21,6 +21,7 @@ from mpsrun.graph.state import applied
 from mpsrun.plan.cost import Costs
 from mpsrun.run import demand, philox
 from mpsrun.run import state as modes
+from mpsrun.run.demand import Demand
 from mpsrun.run.layout import TensorMeta
 from mpsrun.run.observe import Observation
 
@@ -32,14 +33,14 @@ LIMIT_S = 5.0
 class Alone:
     """Medians of a branch that runs alone; `backward_us` is 0 where nothing is differentiated.
 
-    peak_bytes: of the device's memory beyond its inputs; sm_demand: the part of its multiprocessors that the kernels
-    fill, from 0 to 1. Both None on a CPU, and where they were not asked for.
+    peak_bytes: of the device's memory beyond its inputs; demand: what its kernels take. Both None on a CPU, and where
+    they were not asked for.
     """
 
     forward_us: float
     backward_us: float
     peak_bytes: int | None = None
-    sm_demand: float | None = None
+    demand: Demand | None = None
 
     @property
     def us(self) -> float:
@@ -58,11 +59,21 @@ Times: TypeAlias = Mapping[int, Sequence[Alone | NotMeasured]]  # by region inde
 
 def measured_us(times: Times) -> dict[int, tuple[float, ...]]:
     """What `Costs` takes: the regions of which every branch was measured."""
+    return _whole(times, lambda alone: alone.us)
+
+
+def kernels_us(times: Times) -> dict[int, tuple[float, ...]]:
+    """The same of kernels alone, without the time that launching them takes."""
+    return _whole(times, lambda alone: alone.demand.kernel_us if alone.demand is not None else None)
+
+
+def _whole(times: Times, us_of: Callable[[Alone], float | None]) -> dict[int, tuple[float, ...]]:
     found = {}
     for index, branches in times.items():
-        known = tuple(branch.us for branch in branches if isinstance(branch, Alone))
-        if len(known) == len(branches):
-            found[index] = known
+        known = [us_of(branch) for branch in branches if isinstance(branch, Alone)]
+        told = tuple(us for us in known if us is not None)
+        if len(told) == len(branches):
+            found[index] = told
     return found
 
 
@@ -89,7 +100,10 @@ class Profiler:
             return {region.index: [reason] * len(region.branches) for region in regions}
         deadline_s = time.monotonic() + LIMIT_S
         with _undisturbed(self._kind):
-            return {region.index: [self._alone(branch, deadline_s) for branch in region.branches] for region in regions}
+            times = {
+                region.index: [self._alone(branch, deadline_s) for branch in region.branches] for region in regions
+            }
+            return self._with_demands(regions, times) if self._in_detail else times
 
     def _alone(self, branch: Branch, deadline_s: float) -> Alone | NotMeasured:
         if time.monotonic() > deadline_s:
@@ -99,12 +113,22 @@ class Profiler:
             peak_bytes = self._peak_bytes(run) if self._in_detail else None
             run()
             forward_us, backward_us = zip(*(run() for _ in range(RUNS)), strict=True)
-            asked_for = demand.measure(run) if self._in_detail else None
         except NotShippable as error:
             return NotMeasured(str(error))
         except Exception as error:  # noqa: BLE001 - values made up may be none that its ops take
             return NotMeasured(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
-        return Alone(statistics.median(forward_us), statistics.median(backward_us), peak_bytes, asked_for)
+        return Alone(statistics.median(forward_us), statistics.median(backward_us), peak_bytes)
+
+    def _with_demands(self, regions: Sequence[Region], times: Times) -> Times:
+        """The same with the demand of those that could be timed, as far as the profiler can say."""
+        pairs = [pair for region in regions for pair in zip(region.branches, times[region.index], strict=True)]
+        timed = [branch for branch, alone in pairs if isinstance(alone, Alone)]
+        demands: Sequence[Demand | None] = demand.measure(map(self._runnable, timed)) or [None] * len(timed)
+        found = iter(demands)
+        return {
+            index: [replace(one, demand=next(found)) if isinstance(one, Alone) else one for one in branches]
+            for index, branches in times.items()
+        }
 
     def _runnable(self, branch: Branch) -> Callable[[], tuple[float, float]]:
         program, outside = extract(branch.nodes, self._effects, branch.outputs)

@@ -92,21 +92,11 @@ class CudaRecorder:
 
     @contextlib.contextmanager
     def _cleaning_up(self) -> Iterator[None]:
-        """After a failure, what torch leaves in the state of a capture: its allocator, and its generator.
-
-        The generator gets a new state, in the same place of the same sequence, which older recordings do not move.
-        """
-        source = torch.cuda.default_generators[self._device.index]
-        seed, offset = source.initial_seed(), source.get_offset()
         try:
-            yield
+            with restoring(self._device, self._pool):
+                yield
         except BaseException:
-            with contextlib.suppress(RuntimeError):  # where it has ended
-                torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
-            fresh = torch.Generator(self._device).manual_seed(seed)
-            fresh.set_offset(offset)
-            source.graphsafe_set_state(fresh)
-            self.era += 1
+            self.era += 1  # older recordings do not move the new generator's state
             raise
 
     def _join_sides(self) -> None:
@@ -125,6 +115,25 @@ class CudaRecorder:
                 stream.wait_stream(self._last)
                 self._last = stream
             graph.replay()
+
+
+@contextlib.contextmanager
+def restoring(device: torch.device, pool: tuple[int, int]) -> Iterator[None]:
+    """After a failed capture into this pool, put right what torch leaves in its state: its allocator, its generator.
+
+    The generator gets a new state, in the same place of the same sequence.
+    """
+    source = torch.cuda.default_generators[device.index]
+    seed, offset = source.initial_seed(), source.get_offset()
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # where it has ended
+            torch._C._cuda_endAllocateToPool(device.index, pool)
+        fresh = torch.Generator(device).manual_seed(seed)
+        fresh.set_offset(offset)
+        source.graphsafe_set_state(fresh)
+        raise
 
 
 class _CudaRecording:

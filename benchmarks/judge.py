@@ -1,0 +1,47 @@
+"""What the figures of one row say about mpsrun's choice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.engines import AUTO, FORCED, NO_HANDWORK
+
+
+def name(row: Mapping[str, Any]) -> str:
+    """What a row is called."""
+    return f"{row['network']} {row['batch']}"
+
+
+def medians_ms(row: Mapping[str, Any]) -> dict[str, float]:
+    """Of a step, by engine; those that failed are left out."""
+    return {name: cell["ms"][0] for name, cell in row["engines"].items() if "ms" in cell and "failed" not in cell}
+
+
+def judge(row: Mapping[str, Any]) -> dict[str, float]:
+    """Ratios that are the better the larger they are, and the regret.
+
+    speed-up: how often `auto` steps while eager steps once. against all, against no handwork: the same for the fastest
+    of all other engines, and of those that need no work by hand. share of the bound: the bound over what `auto` takes.
+    regret: what `auto` loses against the best of its own lanes, forced.
+    """
+    medians = medians_ms(row)
+    if AUTO not in medians:
+        return {}
+    auto_ms = medians.pop(AUTO)
+    found = {}
+    if "eager" in medians:
+        found["speed-up"] = round(medians["eager"] / auto_ms, 3)
+    if forced := _of(medians, FORCED):
+        found["regret"] = round(auto_ms / min(forced) - 1, 4)
+    if medians:
+        found["against all"] = round(min(medians.values()) / auto_ms, 3)
+    if usual := _of(medians, NO_HANDWORK):
+        found["against no handwork"] = round(min(usual) / auto_ms, 3)
+    if "ms" in row.get("bound", {}):
+        found["share of the bound"] = round(row["bound"]["ms"] / auto_ms, 3)
+    return found
+
+
+def _of(medians: Mapping[str, float], engines: Sequence[str]) -> list[float]:
+    return [medians[engine] for engine in engines if engine in medians]
