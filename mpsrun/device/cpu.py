@@ -186,6 +186,9 @@ class CpuDevice:
     def follow(self, stream: int) -> None:
         """There is one order only."""
 
+    def use_share(self, start_percent: int, percent: int) -> None:
+        """A CPU's cores are shared out by threads."""
+
     def synchronize(self) -> None:
         """Nothing is asynchronous on a CPU."""
 

@@ -1,7 +1,7 @@
 """CUDA processes: chunks shared by CUDA IPC, and counters that the GPU itself writes and waits for.
 
 The counters use stream memory operations (CUDA driver API, "Stream Memory Operations"): a wait holds the stream, not
-the CPU. This is the only file that talks to the CUDA driver.
+the CPU. This file and shares.py are all that talks to the CUDA driver.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ import torch
 from cuda.bindings import driver
 
 from mpsrun.device.base import COUNTER_BYTES, COUNTER_STRIDE_BYTES, Chunk, ChunkHandle, TensorRef, dtype_name
+from mpsrun.device.shares import WHOLE, shares
 from mpsrun.errors import MemoryGone, MpsrunError, NotShippable
 
 _WAIT = int(driver.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WAIT_VALUE_32)
 _WRITE = int(driver.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WRITE_VALUE_32)
 _BUFFER_ID = int(driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_BUFFER_ID)
+WORKER = 0  # what a worker's own lane is called among its streams
 _REACHED = int(driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ)
 
 
@@ -72,6 +74,8 @@ class CudaDevice:
         self._peek_stream = torch.cuda.Stream(index, priority=-1)
         self._peek_host = torch.empty(COUNTER_BYTES, dtype=torch.uint8, pin_memory=True)
         self._peek_done: torch.cuda.Event | None = None
+        self._share = WHOLE
+        self._own_stream: torch.cuda.Stream | None = None  # the one that has the whole GPU
 
     def new_chunk(self, size_bytes: int) -> Chunk:
         torch.zeros(1, device=torch.device("cuda", self.index))  # makes the context current in a thread that is new
@@ -238,6 +242,18 @@ class CudaDevice:
         """Let the current stream go on only after what `stream` (a `stream_key`) has been given so far."""
         event = torch.cuda.ExternalStream(stream, self.index).record_event()
         torch.cuda.current_stream(self.index).wait_event(event)
+
+    def use_share(self, start_percent: int, percent: int) -> None:
+        if (start_percent, percent) == self._share:
+            return
+        device = torch.device("cuda", self.index)
+        now = torch.cuda.current_stream(device)
+        self._own_stream = self._own_stream or now
+        whole = (start_percent, percent) == WHOLE
+        then = self._own_stream if whole else shares(device).stream(WORKER, start_percent, percent)
+        then.wait_stream(now)
+        torch.cuda.set_stream(then)
+        self._share = start_percent, percent
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.index)

@@ -7,7 +7,8 @@ from mpsrun.graph.regions import Region
 from mpsrun.plan.assign import hopeless, region_us, spread
 from mpsrun.plan.cost import Costs
 from mpsrun.plan.lanes import LEAD
-from mpsrun.plan.plan import CAPTURED, Assignment, Declined, Plan, decide, immovable, left_with
+from mpsrun.plan.plan import CAPTURED, Assignment, Declined, Plan, decide, immovable, left_with, some_shares
+from mpsrun.plan.shares import by_cost, worth_a_try
 
 MAX_CANDIDATES = 6
 # With the lead's own stream these are the 8 hardware queues of a process (CUDA_DEVICE_MAX_CONNECTIONS).
@@ -28,14 +29,19 @@ class Candidate:
 
 
 def candidates(
-    regions: Sequence[Region], worker_ids: Sequence[int], costs: Costs, has_streams: bool, captures: bool = False
+    regions: Sequence[Region],
+    worker_ids: Sequence[int],
+    costs: Costs,
+    has_streams: bool,
+    captures: bool = False,
+    has_shares: bool = False,
 ) -> tuple[Candidate, ...]:
     """At most `MAX_CANDIDATES` plans that differ, the best predicted first.
 
     regions: all of a graph, parents before children. worker_ids: the lanes of the workers that may be used.
-    has_streams: whether the lead's device has side streams. captures: whether the graph can be captured. Always in:
-    serial; side streams, if the device has them; both captured, if that can be; the plan that hands every region to all
-    workers that is not hopeless.
+    has_streams: whether the lead's device has side streams. captures: whether the graph can be captured. has_shares:
+    whether lanes can have shares of the device. Always in: serial; side streams, if the device has them; both captured,
+    if that can be; the plan that hands every region to all workers that is not hopeless.
     """
     planner = _Planner(regions, worker_ids, costs)
     wanted = [planner.candidate(SERIAL, lambda _region: Declined("serial"))]
@@ -49,6 +55,8 @@ def candidates(
     optional = planner.worker_candidates()
     if has_streams:
         optional.append(planner.candidate("mixed", planner.fastest))
+    if has_shares:
+        optional += [shared for plain in wanted if (shared := _with_shares(plain, regions, costs)) is not None]
     return _best(_different(wanted), optional)
 
 
@@ -74,13 +82,35 @@ def _captured(candidate: Candidate) -> Candidate:
     return replace(candidate, plan=replace(candidate.plan, captured=True))
 
 
+def _with_shares(candidate: Candidate, regions: Sequence[Region], costs: Costs) -> Candidate | None:
+    """The same with a share of the device for every lane of the regions where that may help; None where there is none.
+
+    Not of side streams whose ops are launched one by one, since their kernels hardly meet.
+    """
+    plan, whole = candidate.plan, costs.captured()  # what a GPU has to do, whoever launches it
+    if plan.streams and not plan.captured:
+        return None
+    chosen = dict(plan.regions)
+    for region in regions:
+        choice = chosen[region.index]
+        if isinstance(choice, Assignment) and worth_a_try(region, choice.lanes, whole):
+            chosen[region.index] = replace(choice, shares=some_shares(by_cost(region, choice.lanes, whole)))
+    shared = replace(plan, regions=chosen)
+    if not shared.has_shares:
+        return None
+    return Candidate(
+        f"{candidate.name}, shares", shared, predicted_us(shared, regions, whole if plan.captured else costs)
+    )
+
+
 def predicted_us(plan: Plan, regions: Sequence[Region], costs: Costs) -> float:
     """Microseconds of all regions under `plan`; what an inner region saves shortens the branch around it."""
     saved_us: dict[int, dict[int, float]] = {}
     total_us = 0.0
     for region in reversed(regions):
-        lanes = _lanes(plan.regions[region.index], region)
-        us = region_us(region, lanes, costs, saved_us.get(region.index))
+        choice = plan.regions[region.index]
+        shares = choice.shares if isinstance(choice, Assignment) else ()
+        us = region_us(region, _lanes(choice, region), costs, saved_us.get(region.index), shares)
         if region.parent is None:
             total_us += us
         else:

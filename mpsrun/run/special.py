@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from mpsrun import log
+from mpsrun.device.shares import shares
 from mpsrun.graph.effects import Effects
 from mpsrun.graph.regions import Region
 from mpsrun.plan import memory
@@ -81,6 +82,11 @@ class Planner:
         """Whether this graph can be captured, and may be."""
         return self._may_capture and self.subject.refusal is None
 
+    @property
+    def has_shares(self) -> bool:
+        """Whether lanes can have a share of the GPU's multiprocessors."""
+        return self._kind == "cuda" and shares(torch.device("cuda", torch.cuda.current_device())).refusal is None
+
     def candidates(self, workers: Sequence[int], branch_us: _BranchUs | None = None) -> tuple[Candidate, ...]:
         """The plans to choose from with these workers; a forced lane leaves no choice."""
         costs, workers = Costs(MACHINES[self._kind], branch_us or {}), list(workers)[: self._options.workers]
@@ -90,7 +96,7 @@ class Planner:
             return (forced_streams(self._regions, costs),)
         if self._options.forced:
             return (forced(self._regions, workers, costs),)
-        return candidates(self._regions, workers, costs, self.has_streams, self.captures)
+        return candidates(self._regions, workers, costs, self.has_streams, self.captures, self.has_shares)
 
     def special(self, owner: Coordinator | None, args: Sequence[Any], seen: Observation) -> Special:
         """The plans for the sizes of these arguments: one that is forced or pinned, or several to tune."""
@@ -101,7 +107,7 @@ class Planner:
         if not self._options.forced:
             workers = [link.index for link in owner.links] if owner is not None else []
             name = plans.fingerprint(key)
-            plan = plans.pinned(name, self._regions, len(workers), self.has_streams, self.captures)
+            plan = plans.pinned(name, self._regions, len(workers), self.has_streams, self.captures, self.has_shares)
         if plan is not None:
             gone = frozenset(workers) - {*usable}
             special.candidates = (Candidate("pinned", plan.without(gone), 0.0),)

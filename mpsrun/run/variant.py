@@ -115,7 +115,7 @@ class Maker:
         except NotShippable as error:
             self._summary.note(str(error))
             regions, run, strands, places = [], self._gm.forward, [], []
-        reports = [self._summary.accept(r.region, r.lanes, r.cut.jobs) for r in regions]
+        reports = [self._summary.accept(r.region, r.assignment, r.cut.jobs) for r in regions]
         binding = Binding(strands, self._position)
         captured = plan.captured and not strands
         if captured:
@@ -148,7 +148,7 @@ class Maker:
             self._summary.refuse(reason, region.where)
             return None
         try:
-            return Lowered(region, self._cutter.cut(region, choice, seen), choice.lanes)
+            return Lowered(region, self._cutter.cut(region, choice, seen), choice)
         except NotShippable as error:
             self._summary.refuse(str(error), region.where)
             return None

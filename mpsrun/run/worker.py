@@ -142,6 +142,7 @@ class Worker:
 
     def _prepare(self, message: m.Prepare) -> None:
         self.executor.layouts[message.layout] = message
+        self.device.use_share(*message.share)
         if self.executor.jobs[message.job].unbound is None:
             try:
                 self.executor.warm_up(message)
@@ -155,6 +156,7 @@ class Worker:
     def _step(self, message: m.Forward | m.Backward) -> None:
         """Wait for the lead's tensors, compute, signal. On a GPU all three are only queued here."""
         apply_flags(message.flags)
+        self.device.use_share(*self.executor.layouts[message.layout].share)
         if self.device.kind == "cuda":  # on a CPU the message itself comes after the tensors
             self.device.wait([self._submitted], [message.seq], FOREVER_S)
         try:

@@ -13,7 +13,7 @@ import msgspec
 from mpsrun.device import ChunkHandle, TensorRef
 from mpsrun.graph.program import Program, State
 
-PROTOCOL = 3
+PROTOCOL = 4
 
 
 class Slot(msgspec.Struct, frozen=True, array_like=True):
@@ -88,7 +88,8 @@ class Bind(msgspec.Struct, frozen=True, tag=True):
 class Prepare(msgspec.Struct, frozen=True, tag=True):
     """Make a layout known, and run it once on zeros, so that kernels are loaded before they are waited for.
 
-    Workers of one region share the number of their layout; `position` is the worker's place among them.
+    Workers of one region share the number of their layout; `position` is the worker's place among them. `share`: where
+    its share of the GPU's multiprocessors starts and how large it is, in percent.
     """
 
     layout: int
@@ -102,6 +103,7 @@ class Prepare(msgspec.Struct, frozen=True, tag=True):
     writes: list[Place]
     grad_outputs: list[Place]
     grad_inputs: list[Place]
+    share: tuple[int, int] = (0, 100)
 
 
 class Forget(msgspec.Struct, frozen=True, tag=True):
