@@ -37,6 +37,8 @@ Options before the script are mpsrun's; everything after it is the script's.
   --verify N                   compute the first N steps on lanes plainly, too; stop with status 4 where they differ
   --adapt off|auto             auto: change the plan when other load, heat or missing memory make another one faster
   --trace FILE                 append what was sampled of the GPU, every step and every decision, as JSON lines
+  --tune-convolutions          have cuDNN's algorithms tuned for branches that run beside each other, as where the
+                               script sets torch.backends.cudnn.benchmark; results may then differ by rounding
   --max-restarts N             start the script again after a failure, N times at most (default 0); it should go on
                                from a checkpoint, see mpsrun.Checkpointer
   --strict                     raise a worker's error in the script instead of computing its branch there
@@ -264,6 +266,7 @@ _OPTIONS: dict[str, Callable[[str, str], Any] | None] = {
     "max_restarts": _whole,
     "adapt": _choice("auto", "off"),
     "trace": _path_of_a_file,
+    "tune_convolutions": None,
     "json": None,
     "strict": None,
     "verbose": None,

@@ -35,17 +35,19 @@ def candidates(
     has_streams: bool,
     captures: bool = False,
     has_shares: bool = False,
+    tunes: bool = False,
 ) -> tuple[Candidate, ...]:
     """At most `MAX_CANDIDATES` plans that differ, the best predicted first.
 
     regions: all of a graph, parents before children. worker_ids: the lanes of the workers that may be used.
     has_streams: whether the lead's device has side streams. captures: whether the graph can be captured. has_shares:
-    whether lanes can have shares of the device. Always in: serial; side streams, if the device has them; both captured,
-    if that can be; the plan that hands every region to all workers that is not hopeless.
+    whether lanes can have shares of the device. tunes: whether cuDNN may choose other algorithms. Always in: serial;
+    side streams, if the device has them, or both captured, if that can be; the plan that hands every region to all
+    workers that is not hopeless.
     """
     planner = _Planner(regions, worker_ids, costs)
     wanted = [planner.candidate(SERIAL, lambda _region: Declined("serial"))]
-    if has_streams:
+    if has_streams and not captures:  # captured they are never slower, and become these where a recording fails
         wanted.append(planner.candidate("streams", planner.on_streams))
     wanted.append(planner.candidate(f"workers, {len(worker_ids) + 1} lanes", planner.on_every_worker))
     if captures:
@@ -57,6 +59,8 @@ def candidates(
         optional.append(planner.candidate("mixed", planner.fastest))
     if has_shares:
         optional += [shared for plain in wanted if (shared := _with_shares(plain, regions, costs)) is not None]
+    if tunes and captures and has_streams:
+        optional.append(_tuned(forced_captured(regions, costs)))
     return _best(_different(wanted), optional)
 
 
@@ -101,6 +105,10 @@ def _with_shares(candidate: Candidate, regions: Sequence[Region], costs: Costs) 
     return Candidate(
         f"{candidate.name}, shares", shared, predicted_us(shared, regions, whole if plan.captured else costs)
     )
+
+
+def _tuned(candidate: Candidate) -> Candidate:
+    return replace(candidate, name=f"{candidate.name}, tuned", plan=replace(candidate.plan, tuned=True))
 
 
 def predicted_us(plan: Plan, regions: Sequence[Region], costs: Costs) -> float:
@@ -215,14 +223,14 @@ def _lanes(choice: _Choice, region: Region) -> tuple[int, ...]:
 
 def _different(made: Sequence[Candidate]) -> list[Candidate]:
     """The first of those that put every branch on the same lane."""
-    seen: dict[tuple[bool, tuple[tuple[int, _Choice], ...]], Candidate] = {}
+    seen: dict[tuple[bool, bool, tuple[tuple[int, _Choice], ...]], Candidate] = {}
     for candidate in made:
         assigned = sorted(
             (index, choice)
             for index, choice in candidate.plan.regions.items()
             if isinstance(choice, Assignment) and any(choice.lanes)
         )
-        seen.setdefault((candidate.plan.captured, tuple(assigned)), candidate)
+        seen.setdefault((candidate.plan.captured, candidate.plan.tuned and bool(assigned), tuple(assigned)), candidate)
     return list(seen.values())
 
 

@@ -36,6 +36,12 @@ def too_large(
     return f"needs {needed / 2**20:.0f} MiB of the device's memory, {max(0, free_bytes) / 2**20:.0f} MiB are free"
 
 
+def workspace_bytes(plan: Plan, regions: Sequence[Region], free_bytes: int, ready_workers: Collection[int] = ()) -> int:
+    """What an algorithm may take for itself: of what the plan leaves free an equal part for each lane."""
+    lanes = 1 + max((len({*c.lanes}) for c in plan.regions.values() if isinstance(c, Assignment)), default=0)
+    return max(0, free_bytes - memory_needed_bytes(plan, regions, ready_workers)) // lanes
+
+
 def affordable(
     candidates: Iterable[Candidate], regions: Sequence[Region], free_bytes: int, ready_workers: Collection[int] = ()
 ) -> tuple[Candidate, ...]:

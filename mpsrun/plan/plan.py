@@ -11,6 +11,7 @@ from mpsrun.plan.cost import Costs, Machine
 from mpsrun.plan.lanes import LEAD, WHOLE, is_stream, is_worker, lane_name, lane_of
 
 CAPTURED = "captured"  # the line of a plan whose graph is replayed
+TUNED = "convolutions tuned"  # and of one whose convolutions are tuned beside each other
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,18 @@ class Declined:
 class Plan:
     """What each region does, by region index; `str(plan)` is text that `Plan.parse` reads back.
 
-    captured: whether the whole graph is replayed as a CUDA graph.
+    captured: whether the whole graph is replayed as a CUDA graph. tuned: whether cuDNN's algorithms are chosen while
+    the branches run beside each other.
     """
 
     regions: Mapping[int, Assignment | Declined] = field(default_factory=dict)
     captured: bool = False
+    tuned: bool = False
 
     def __str__(self) -> str:
         lines = [_line(index, choice) for index, choice in sorted(self.regions.items())]
-        return "".join(f"{line}\n" for line in ([CAPTURED] if self.captured else []) + lines)
+        about = [CAPTURED] * self.captured + [TUNED] * self.tuned
+        return "".join(f"{line}\n" for line in about + lines)
 
     @classmethod
     def parse(cls, text: str) -> "Plan":
@@ -71,10 +75,10 @@ class Plan:
     def parse_lines(cls, lines: Iterable[tuple[int, str]], source: str) -> "Plan":
         """Read a plan from numbered lines of `source`; empty lines and those that start with `#` are skipped."""
         found: dict[int, Assignment | Declined] = {}
-        captured = False
+        about = set[str]()
         for number, line in lines:
-            if line.strip() == CAPTURED:
-                captured = True
+            if line.strip() in (CAPTURED, TUNED):
+                about.add(line.strip())
             elif line.strip() and not line.lstrip().startswith("#"):
                 index, choice = _parse_line(line.strip(), f"{source}, line {number}")
                 if index in found:
@@ -83,7 +87,7 @@ class Plan:
                         "keep one of them"
                     )
                 found[index] = choice
-        return cls(found, captured)
+        return cls(found, CAPTURED in about, TUNED in about)
 
     @property
     def workers(self) -> frozenset[int]:
@@ -189,7 +193,7 @@ def _parse_line(line: str, place: str) -> tuple[int, Assignment | Declined]:
     known = tuple(lane for lane in lanes if lane is not None)
     if found is None or len(known) != len(lanes):
         raise UsageError(
-            f"{place}: expected 'region 0: lead | worker 1 | stream 1 at 25%', 'region 0: declined, reason' or "
-            f"'{CAPTURED}', found {line[:200]!r}; correct the line or delete it"
+            f"{place}: expected 'region 0: lead | worker 1 | stream 1 at 25%', 'region 0: declined, reason', "
+            f"'{CAPTURED}' or '{TUNED}', found {line[:200]!r}; correct the line or delete it"
         )
     return int(found["index"]), Assignment(tuple(lane for lane, _ in known), some_shares(share for _, share in known))

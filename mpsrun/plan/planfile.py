@@ -79,10 +79,12 @@ def fits(
     has_streams: bool = True,
     captures: bool = True,
     has_shares: bool = True,
+    tunes: bool = True,
 ) -> str | None:
     """Why `plan` cannot be followed for these regions with workers 1 to `worker_count`, or None where it can.
 
     captures: whether the graph can be captured. has_shares: whether lanes can have shares of the device.
+    tunes: whether cuDNN may choose other algorithms.
     """
     known = {region.index: region for region in regions}
     if set(plan.regions) != set(known):
@@ -93,6 +95,8 @@ def fits(
         return "it is captured, which this graph cannot be here (--verbose says why)"
     if plan.workers and plan.captured:
         return f"it is captured and uses worker {min(plan.workers)}, which cannot be; delete one of the two"
+    if plan.tuned and not (plan.captured and tunes):
+        return "it has convolutions tuned, for which it must be captured and torch.backends.cudnn.benchmark set"
     if plan.streams and not has_streams:
         return f"it uses {lane_name(min(plan.streams))}, and this device has no streams"
     if plan.has_shares and not has_shares:

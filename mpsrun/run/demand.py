@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -16,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mpsrun import log
 
+Trace = Mapping[str, Any]
 WARP = 32
 # What the driver keeps of each block's shared memory, and the blocks that fit at most (compute capability 8 and 9).
 RESERVED_SHARED_BYTES, MOST_BLOCKS = 1024, 32
@@ -70,7 +72,7 @@ def sm_demand(kernels: Sequence[Kernel], gpu: Multiprocessors) -> float | None:
     return sum(kernel.us * kernel.demand(gpu) for kernel in kernels) / total_us if total_us else None
 
 
-def kernels_of(trace: Mapping[str, Any]) -> list[Kernel]:
+def kernels_of(trace: Trace) -> list[Kernel]:
     """The kernels of a trace in Chrome's form, as torch's profiler exports it."""
     found = []
     for event in trace.get("traceEvents", ()):
@@ -83,6 +85,19 @@ def kernels_of(trace: Mapping[str, Any]) -> list[Kernel]:
 
 def measure(run: Callable[[], object]) -> float | None:
     """The demand of what `run` launches, which is waited for; None where the profiler cannot say."""
+    trace = _traced(run)
+    return None if trace is None else sm_demand(kernels_of(trace), Multiprocessors.of_current())
+
+
+def kernel_names(run: Callable[[], object]) -> Counter[str] | None:
+    """How often each kernel is launched by `run`, which is waited for; None where the profiler cannot say."""
+    trace = _traced(run)
+    if trace is None:
+        return None
+    return Counter(event["name"] for event in trace.get("traceEvents", ()) if event.get("cat") == "kernel")
+
+
+def _traced(run: Callable[[], object]) -> Trace | None:
     try:
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             run()
@@ -90,11 +105,11 @@ def measure(run: Callable[[], object]) -> float | None:
         with tempfile.TemporaryDirectory(prefix="mpsrun-") as folder:
             path = Path(folder) / "trace.json"
             profiler.export_chrome_trace(str(path))
-            kernels = kernels_of(json.loads(path.read_text()))
+            found: Trace = json.loads(path.read_text())
+            return found
     except (RuntimeError, OSError, ValueError) as error:
         _say_why(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
         return None
-    return sm_demand(kernels, Multiprocessors.of_current())
 
 
 @functools.cache

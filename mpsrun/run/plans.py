@@ -50,7 +50,7 @@ def cache() -> PlanCache:
 
 
 def pinned(
-    name: str, regions: Sequence[Region], workers: int, has_streams: bool, captures: bool, has_shares: bool
+    name: str, regions: Sequence[Region], workers: int, has_streams: bool, captures: bool, has_shares: bool, tunes: bool
 ) -> Plan | None:
     """The plan that `--plan` pins for the graph of this fingerprint; None, with one line why, where there is none."""
     known = pins()
@@ -61,7 +61,7 @@ def pinned(
     except UsageError as error:
         log.say(f"{error}; it is tuned instead")
         return None
-    reason = fits(plan, regions, workers, has_streams, captures, has_shares)
+    reason = fits(plan, regions, workers, has_streams, captures, has_shares, tunes)
     if reason is not None:
         log.say(f"{known.source}: the plan of graph {name} cannot be followed: {reason}; it is tuned instead")
         return None

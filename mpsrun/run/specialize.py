@@ -258,6 +258,7 @@ class Cutter:
             grad_outputs=[backward.place(i, x) for i, x in enumerate(out_metas)] if grad else [],
             grad_inputs=wants,
             share=part.place,
+            flags=modes.flags(),
         )
         span = range(first_output, first_output + len(out_metas))
         link = self._owner.links[part.worker - 1]

@@ -16,7 +16,7 @@ from mpsrun.errors import MemoryGone, MpsrunError
 from mpsrun.graph.program import validate
 from mpsrun.launch.error_file import leave_error
 from mpsrun.run.executor import Executor
-from mpsrun.run.state import apply_flags
+from mpsrun.run.state import apply_flags, flags
 from mpsrun.wire import messages as m
 from mpsrun.wire.channel import WorkerChannel
 
@@ -144,6 +144,8 @@ class Worker:
         self.executor.layouts[message.layout] = message
         self.device.use_share(*message.share)
         if self.executor.jobs[message.job].unbound is None:
+            before = flags()
+            apply_flags(message.flags)
             try:
                 self.executor.warm_up(message)
             except RuntimeError as error:
@@ -151,6 +153,8 @@ class Worker:
                     raise
                 self._give_up(0, message.layout, error)
                 return
+            finally:
+                apply_flags(before)
         self.channel.send(m.Prepared(self.index, message.layout, self.generation))
 
     def _step(self, message: m.Forward | m.Backward) -> None:

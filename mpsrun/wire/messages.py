@@ -85,11 +85,18 @@ class Bind(msgspec.Struct, frozen=True, tag=True):
     statics: list[Static]
 
 
+class Flags(msgspec.Struct, frozen=True, array_like=True):
+    """Global settings of torch that decide about results and that no program carries, as (name, value) pairs."""
+
+    values: tuple[tuple[str, bool | int | str], ...]
+
+
 class Prepare(msgspec.Struct, frozen=True, tag=True):
     """Make a layout known, and run it once on zeros, so that kernels are loaded before they are waited for.
 
     Workers of one region share the number of their layout; `position` is the worker's place among them. `share`: where
-    its share of the GPU's multiprocessors starts and how large it is, in percent.
+    its share of the GPU's multiprocessors starts and how large it is, in percent. `flags`: the global settings for that
+    run, since cuDNN's choices at the first run are kept.
     """
 
     layout: int
@@ -104,6 +111,7 @@ class Prepare(msgspec.Struct, frozen=True, tag=True):
     grad_outputs: list[Place]
     grad_inputs: list[Place]
     share: tuple[int, int] = (0, 100)
+    flags: Flags | None = None
 
 
 class Forget(msgspec.Struct, frozen=True, tag=True):
@@ -111,12 +119,6 @@ class Forget(msgspec.Struct, frozen=True, tag=True):
 
     layouts: list[int]
     jobs: list[int]
-
-
-class Flags(msgspec.Struct, frozen=True, array_like=True):
-    """Global settings of torch that decide about results and that no program carries, as (name, value) pairs."""
-
-    values: tuple[tuple[str, bool | int | str], ...]
 
 
 class Forward(msgspec.Struct, frozen=True, tag=True):

@@ -58,4 +58,4 @@ def assignments(draw: st.DrawFn) -> Assignment:
 
 
 CHOICES = st.one_of(assignments(), LINES.map(Declined))
-PLANS = st.builds(Plan, st.dictionaries(st.integers(0, 10**9 - 1), CHOICES, max_size=5), st.booleans())
+PLANS = st.builds(Plan, st.dictionaries(st.integers(0, 10**9 - 1), CHOICES, max_size=5), st.booleans(), st.booleans())

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from mpsrun.plan.assign import hopeless
 from mpsrun.plan.bound import Bound, bound
 from mpsrun.plan.candidates import MAX_CANDIDATES, Candidate, candidates, nesting_of, predicted_us
 from mpsrun.plan.cost import MACHINES, Costs
-from mpsrun.plan.memory import CONTEXT_BYTES, affordable, memory_needed_bytes, too_large
+from mpsrun.plan.memory import CONTEXT_BYTES, affordable, memory_needed_bytes, too_large, workspace_bytes
 from mpsrun.plan.plan import Assignment, Declined, Plan
 from mpsrun.plan.planfile import fits
 from mpsrun.plan.shares import places_of
@@ -80,6 +81,26 @@ def test_the_sixth_candidate_is_the_one_with_shares() -> None:
     names = [candidate.name for candidate in found]
     assert names[:2] == ["captured streams", "captured streams, shares"]
     assert len(names) == MAX_CANDIDATES
+
+
+def test_convolutions_are_tuned_where_cudnn_may_choose() -> None:
+    towers = [region(100, 100, 100, 100)]
+    found = by_name(candidates(towers, [1, 2, 3], COSTS, True, captures=True, has_shares=True, tunes=True))
+    assert len(found) == MAX_CANDIDATES
+    plain, tuned = found["captured streams"].plan, found["captured streams, tuned"].plan
+    assert (tuned.tuned, replace(tuned, tuned=False)) == (True, plain)
+    assert found["captured streams, shares"].plan.has_shares
+    assert str(tuned).startswith("captured\nconvolutions tuned\nregion 0: stream 1 |")
+    assert not any(c.plan.tuned for c in candidates(towers, [1], COSTS, True, captures=False, tunes=True))
+    nothing = candidates([region(9, 9, pinned=(0, 1))], [], COSTS, True, captures=True, tunes=True)
+    assert not any(candidate.plan.tuned for candidate in nothing)
+
+
+def test_an_algorithm_may_take_its_lane_s_part_of_what_is_free() -> None:
+    regions = [region(100, 100, 100, moved_bytes=4000)]
+    plan = Plan({0: Assignment((-1, -2, -2))}, captured=True)
+    assert workspace_bytes(plan, regions, 2 * 3000 + 6000) == 2000
+    assert workspace_bytes(plan, regions, 5000) == 0
 
 
 def test_work_takes_longer_on_a_share() -> None:

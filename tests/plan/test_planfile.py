@@ -1,6 +1,7 @@
 """Plans of several graphs in one file, and plans that do not fit."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -102,6 +103,13 @@ def test_streams_need_a_device_that_has_them() -> None:
     plan = Plan({0: Assignment((0, -1))})
     assert fits(plan, [region(1, 1)], 0) is None
     assert fits(plan, [region(1, 1)], 0, has_streams=False) == "it uses stream 1, and this device has no streams"
+
+
+def test_tuning_needs_a_recording_and_leave_to_choose() -> None:
+    plan = Plan({0: Assignment((0, -1))}, captured=True, tuned=True)
+    assert fits(plan, [region(1, 1)], 0) is None
+    assert "cudnn.benchmark" in (fits(plan, [region(1, 1)], 0, tunes=False) or "")
+    assert "must be captured" in (fits(replace(plan, captured=False), [region(1, 1)], 0) or "")
 
 
 def test_shares_need_a_device_that_has_them() -> None:
