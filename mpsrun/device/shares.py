@@ -44,7 +44,8 @@ class NoShares:
 class GreenContexts:
     """Shares of one GPU, in groups of as many multiprocessors as it gives out together (8 on an H100).
 
-    Contexts and streams live as long as the process. Raises `MpsrunError` where the driver has no green contexts.
+    Contexts and streams live as long as the process, whose own context is current when they are made. Raises
+    `MpsrunError` where the driver has no green contexts.
     """
 
     refusal: str | None = None
@@ -54,13 +55,22 @@ class GreenContexts:
         self._lock = threading.Lock()
         self._contexts: dict[tuple[int, ...], Any] = {}  # by groups
         self._streams: dict[tuple[int, tuple[int, ...]], torch.cuda.Stream] = {}
-        torch.zeros(1, device=torch.device("cuda", index))  # makes the process's own context current
         self._device = self._call("cuDeviceGet", index)
         kind = driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM
         whole = self._call("cuDeviceGetDevResource", self._device, kind)
         least = whole.sm.minSmPartitionSize
-        groups, count, _ = self._call("cuDevSmResourceSplitByCount", whole.sm.smCount // least, whole, 0, least)
+        groups, count, rest = self._call("cuDevSmResourceSplitByCount", whole.sm.smCount // least, whole, 0, least)
         self._groups = list(groups)[: int(count)]
+        if rest.sm.smCount and self._goes_with(rest):
+            self._groups.append(rest)
+
+    def _goes_with(self, rest: Any) -> bool:
+        """Whether the multiprocessors that make no group (12 on an H100) may be in one context with a group."""
+        try:
+            self._call("cuDevResourceGenerateDesc", [self._groups[0], rest], 2)
+        except MpsrunError:
+            return False
+        return True
 
     def stream(self, lane: int, start_percent: int, percent: int) -> torch.cuda.Stream:
         groups = groups_of(start_percent, percent, len(self._groups))
@@ -109,6 +119,7 @@ def shares(device: torch.device) -> Shares:
     try:
         from cuda.bindings import driver
 
+        torch.zeros(1, device=device)  # makes the process's own context current
         return GreenContexts(device.index, driver)
     except (ImportError, AttributeError) as error:
         return NoShares(f"cuda-bindings with green contexts is not there ({error}); install mpsrun[cuda]")

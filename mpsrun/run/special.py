@@ -85,8 +85,10 @@ class Planner:
 
     @property
     def has_shares(self) -> bool:
-        """Whether lanes can have a share of the GPU's multiprocessors."""
-        return self._kind == "cuda" and shares(torch.device("cuda", torch.cuda.current_device())).refusal is None
+        """Whether lanes can have a share of the GPU's multiprocessors, and workers were not started with one."""
+        if self._kind != "cuda" or config.current().worker_share is not None:
+            return False
+        return shares(torch.device("cuda", torch.cuda.current_device())).refusal is None
 
     @property
     def tunes(self) -> bool:
