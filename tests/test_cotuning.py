@@ -94,6 +94,13 @@ def test_a_branch_without_siblings_is_tuned_too() -> None:
     assert [len(threads) for threads in steps.runs.values()] == [2]
 
 
+def test_what_takes_too_long_is_tuned_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cotuning, "LIMIT_S", 0.0)
+    steps, rest = Steps(), []
+    assert isinstance(tuned(Repeater(), CPU, [steps.branch("a")], lambda: rest.append("it all"), 0), TunedRecorder)
+    assert (steps.runs, rest) == ({}, ["it all"])
+
+
 def test_what_fails_leaves_the_recorder(capfd: pytest.CaptureFixture[str]) -> None:
     def broken() -> None:
         raise torch.OutOfMemoryError("no memory for a sibling")

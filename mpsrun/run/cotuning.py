@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ from mpsrun.run.recorder import CudaRecorder, Recorder, Recording, Repeater
 from mpsrun.run.streams import open_sides
 
 Result = TypeVar("Result")
+LIMIT_S = 20.0  # no siblings are tuned later; the script waits meanwhile
 START_S = 10.0  # until siblings are under way
 QUEUED = 2  # replays of each of them that are submitted ahead
 ROOM_OF_MOVED = 2  # a branch needs no more memory than so many times the bytes that its ops move
@@ -138,16 +140,16 @@ def tuned(
     """A recorder whose recordings have convolutions that were tuned beside each other.
 
     rest: runs the whole graph once, for what belongs to no branch. workspace_bytes: what an algorithm may take for
-    itself. Says in one line which kernels are others than were chosen alone. Where a branch cannot be recorded or there
-    is no memory, it says so and `recorder` is left as it is.
+    itself. Branches that are not done after `LIMIT_S` are tuned alone. Says in one line which kernels are others than
+    were chosen alone. Where a branch cannot be recorded or there is no memory, it says so and returns `recorder`.
     """
-    kind = device.type
+    kind, deadline_s = device.type, time.monotonic() + LIMIT_S
     alone, together = Thread(kind), Thread(kind)
     try:
         with undisturbed(kind), _choosing():
             for group in dict.fromkeys(branch.group for branch in branches):
                 siblings = [branch for branch in branches if branch.group == group]
-                if any(branch.has_convolutions for branch in siblings):
+                if any(branch.has_convolutions for branch in siblings) and time.monotonic() < deadline_s:
                     _tune(siblings, device, alone, together, workspace_bytes)
             together.run(rest)
             if kind == "cuda":
