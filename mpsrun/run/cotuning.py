@@ -146,7 +146,7 @@ def tuned(
     kind, deadline_s = device.type, time.monotonic() + LIMIT_S
     alone, together = Thread(kind), Thread(kind)
     try:
-        with undisturbed(kind), _choosing():
+        with undisturbed(kind), _choosing(), _apart(device):
             for group in dict.fromkeys(branch.group for branch in branches):
                 siblings = [branch for branch in branches if branch.group == group]
                 if any(branch.has_convolutions for branch in siblings) and time.monotonic() < deadline_s:
@@ -229,6 +229,16 @@ def _busy(recordings: Sequence[Recording], device: torch.device) -> Iterator[Non
 
 def _stream(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _apart(device: torch.device) -> Iterator[None]:
+    """Nothing of the script is under way before, and nothing of these threads afterwards: both use the parameters."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    yield
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @contextlib.contextmanager
