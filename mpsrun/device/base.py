@@ -134,10 +134,7 @@ class Device(Protocol):
         """Let nothing after this run before what that stream (a `stream_key`) has been given so far."""
 
     def use_share(self, start_percent: int, percent: int) -> None:
-        """Let what follows, in its order, have only this part of the GPU's multiprocessors. A CPU has none.
-
-        Raises `MpsrunError` where the GPU's cannot be shared out.
-        """
+        """Let what follows, in its order, have only this part of the GPU's multiprocessors. A CPU has none."""
 
     def synchronize(self) -> None:
         """Return when everything submitted by this process has been executed."""

@@ -18,7 +18,7 @@ import torch
 from cuda.bindings import driver
 
 from mpsrun.device.base import COUNTER_BYTES, COUNTER_STRIDE_BYTES, Chunk, ChunkHandle, TensorRef, dtype_name
-from mpsrun.device.shares import WHOLE, shares
+from mpsrun.device.shares import WHOLE, stream_on
 from mpsrun.errors import MemoryGone, MpsrunError, NotShippable
 
 _WAIT = int(driver.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WAIT_VALUE_32)
@@ -74,8 +74,8 @@ class CudaDevice:
         self._peek_stream = torch.cuda.Stream(index, priority=-1)
         self._peek_host = torch.empty(COUNTER_BYTES, dtype=torch.uint8, pin_memory=True)
         self._peek_done: torch.cuda.Event | None = None
-        self._share = WHOLE
-        self._own_stream: torch.cuda.Stream | None = None  # the one that has the whole GPU
+        self._place = WHOLE
+        self._streams: dict[tuple[int, int], torch.cuda.Stream] = {}  # by share
 
     def new_chunk(self, size_bytes: int) -> Chunk:
         torch.zeros(1, device=torch.device("cuda", self.index))  # makes the context current in a thread that is new
@@ -244,16 +244,17 @@ class CudaDevice:
         torch.cuda.current_stream(self.index).wait_event(event)
 
     def use_share(self, start_percent: int, percent: int) -> None:
-        if (start_percent, percent) == self._share:
+        place = start_percent, percent
+        if place == self._place:
             return
-        device = torch.device("cuda", self.index)
-        now = torch.cuda.current_stream(device)
-        self._own_stream = self._own_stream or now
-        whole = (start_percent, percent) == WHOLE
-        then = self._own_stream if whole else shares(device).stream(WORKER, start_percent, percent)
+        now = torch.cuda.current_stream(self.index)
+        self._streams.setdefault(self._place, now)
+        if place not in self._streams:
+            self._streams[place] = stream_on(torch.device("cuda", self.index), WORKER, place)
+        then = self._streams[place]
         then.wait_stream(now)
         torch.cuda.set_stream(then)
-        self._share = start_percent, percent
+        self._place = place
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.index)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from mpsrun import log
 from mpsrun.errors import MpsrunError
 
 WHOLE = (0, 100)  # where a share starts and how large it is, in percent of the multiprocessors
@@ -109,6 +110,16 @@ def groups_of(start_percent: int, percent: int, count: int) -> tuple[int, ...]:
     first = round(start_percent * count / 100)
     last = max(first + 1, round((start_percent + percent) * count / 100))
     return tuple(sorted({group % count for group in range(first, last)}))
+
+
+def stream_on(device: torch.device, lane: int, place: tuple[int, int]) -> torch.cuda.Stream:
+    """The stream of a lane on its part of a GPU; with the whole GPU, and one line why, where it cannot have less."""
+    if place != WHOLE:
+        try:
+            return shares(device).stream(lane, *place)
+        except MpsrunError as error:
+            log.say(f"a lane has the whole GPU instead of {place[1]}%: {error}")
+    return torch.cuda.Stream(device)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from mpsrun.device.shares import WHOLE, shares
+from mpsrun.device.shares import WHOLE, stream_on
 
 # What crosses between the main stream and the others: (lane, values) for each side stream.
 LaneValues = Sequence[tuple[int, Sequence[Any]]]
@@ -79,8 +79,7 @@ def side_streams(device: torch.device) -> list[torch.cuda.Stream]:
 def _stream(device: torch.device, lane: int, place: tuple[int, int]) -> torch.cuda.Stream:
     key = device, lane, place
     if key not in _streams:
-        whole = place == WHOLE
-        _streams[key] = torch.cuda.Stream(device) if whole else shares(device).stream(lane, *place)
+        _streams[key] = stream_on(device, lane, place)
     return _streams[key]
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mpsrun.device import CpuDevice
 from mpsrun.device import shares as module
-from mpsrun.device.shares import WHOLE, GreenContexts, groups_of, shares
+from mpsrun.device.shares import WHOLE, GreenContexts, groups_of, shares, stream_on
 from mpsrun.errors import MpsrunError
 
 
@@ -113,6 +113,16 @@ def test_a_cpu_has_none() -> None:
     with pytest.raises(MpsrunError, match="lane -1"):
         found.stream(-1, 0, 50)
     CpuDevice().use_share(0, 50)
+
+
+def test_a_lane_without_its_share_has_the_whole_gpu(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: ("ordinary", device))
+    assert stream_on(torch.device("cpu"), -1, WHOLE) == ("ordinary", torch.device("cpu"))
+    assert capfd.readouterr().err == ""
+    assert stream_on(torch.device("cpu"), -1, (0, 40)) == ("ordinary", torch.device("cpu"))
+    assert "the whole GPU instead of 40%" in capfd.readouterr().err
 
 
 def test_without_a_gpu_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

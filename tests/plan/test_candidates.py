@@ -13,7 +13,7 @@ from mpsrun.plan.assign import hopeless
 from mpsrun.plan.bound import Bound, bound
 from mpsrun.plan.candidates import MAX_CANDIDATES, Candidate, candidates, nesting_of, predicted_us
 from mpsrun.plan.cost import MACHINES, Costs
-from mpsrun.plan.memory import CONTEXT_BYTES, affordable, memory_needed_bytes, too_large, workspace_bytes
+from mpsrun.plan.memory import CONTEXT_BYTES, SHARE_BYTES, affordable, memory_needed_bytes, too_large, workspace_bytes
 from mpsrun.plan.plan import Assignment, Declined, Plan
 from mpsrun.plan.planfile import fits
 from mpsrun.plan.shares import places_of
@@ -242,6 +242,8 @@ def test_memory_is_contexts_slots_and_activations() -> None:
     assert memory_needed_bytes(plan, regions) == 2 * CONTEXT_BYTES + 2 * 2 * 2000 + 2 * 2000
     assert memory_needed_bytes(plan, regions, ready_workers=[1, 2, 3]) == 2 * 2 * 2000 + 2 * 2000
     assert memory_needed_bytes(Plan({0: Assignment((0, -1, 0))}), regions) == 2000
+    shared = Plan({0: Assignment((-1, -2, -1), (30, 70, 30))})
+    assert memory_needed_bytes(shared, regions) == 6000 + 2 * SHARE_BYTES
 
 
 def test_candidates_for_which_there_is_no_memory_are_left_out() -> None:
