@@ -8,12 +8,15 @@ had this index before.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 from mpsrun.device import ChunkHandle, TensorRef
 from mpsrun.graph.program import Program, State
 
 PROTOCOL = 4
+Percent = Annotated[int, msgspec.Meta(ge=0, le=100)]
 
 
 class Slot(msgspec.Struct, frozen=True, array_like=True):
@@ -110,7 +113,7 @@ class Prepare(msgspec.Struct, frozen=True, tag=True):
     writes: list[Place]
     grad_outputs: list[Place]
     grad_inputs: list[Place]
-    share: tuple[int, int] = (0, 100)
+    share: tuple[Percent, Percent] = (0, 100)
     flags: Flags | None = None
 
 
