@@ -11,7 +11,8 @@ import functools
 import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -74,7 +75,6 @@ class CudaDevice:
         self._peek_stream = torch.cuda.Stream(index, priority=-1)
         self._peek_host = torch.empty(COUNTER_BYTES, dtype=torch.uint8, pin_memory=True)
         self._peek_done: torch.cuda.Event | None = None
-        self._place = WHOLE
         self._streams: dict[tuple[int, int], torch.cuda.Stream] = {}  # by share
 
     def new_chunk(self, size_bytes: int) -> Chunk:
@@ -243,18 +243,22 @@ class CudaDevice:
         event = torch.cuda.ExternalStream(stream, self.index).record_event()
         torch.cuda.current_stream(self.index).wait_event(event)
 
-    def use_share(self, start_percent: int, percent: int) -> None:
+    @contextmanager
+    def share(self, start_percent: int, percent: int) -> Iterator[None]:
+        """Signals and waits stay on the caller's stream, which goes on once the share's is done."""
         place = start_percent, percent
-        if place == self._place:
+        if place == WHOLE:
+            yield
             return
-        now = torch.cuda.current_stream(self.index)
-        self._streams.setdefault(self._place, now)
         if place not in self._streams:
             self._streams[place] = stream_on(torch.device("cuda", self.index), WORKER, place)
-        then = self._streams[place]
-        then.wait_stream(now)
-        torch.cuda.set_stream(then)
-        self._place = place
+        outside, inside = torch.cuda.current_stream(self.index), self._streams[place]
+        inside.wait_stream(outside)
+        try:
+            with torch.cuda.stream(inside):
+                yield
+        finally:
+            outside.wait_stream(inside)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.index)

@@ -142,12 +142,12 @@ class Worker:
 
     def _prepare(self, message: m.Prepare) -> None:
         self.executor.layouts[message.layout] = message
-        self.device.use_share(*message.share)
         if self.executor.jobs[message.job].unbound is None:
             before = flags()
             apply_flags(message.flags)
             try:
-                self.executor.warm_up(message)
+                with self.device.share(*message.share):
+                    self.executor.warm_up(message)
             except RuntimeError as error:
                 if not lacks_memory(error):
                     raise
@@ -160,11 +160,11 @@ class Worker:
     def _step(self, message: m.Forward | m.Backward) -> None:
         """Wait for the lead's tensors, compute, signal. On a GPU all three are only queued here."""
         apply_flags(message.flags)
-        self.device.use_share(*self.executor.layouts[message.layout].share)
         if self.device.kind == "cuda":  # on a CPU the message itself comes after the tensors
             self.device.wait([self._submitted], [message.seq], FOREVER_S)
         try:
-            self._compute(message)
+            with self.device.share(*self.executor.layouts[message.layout].share):
+                self._compute(message)
         except RuntimeError as error:
             if not lacks_memory(error):
                 raise

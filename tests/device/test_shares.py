@@ -112,7 +112,8 @@ def test_a_cpu_has_none() -> None:
     assert "no multiprocessors" in (found.refusal or "")
     with pytest.raises(MpsrunError, match="lane -1"):
         found.stream(-1, 0, 50)
-    CpuDevice().use_share(0, 50)
+    with CpuDevice().share(0, 50):
+        torch.zeros(1)
 
 
 def test_a_lane_without_its_share_has_the_whole_gpu(
