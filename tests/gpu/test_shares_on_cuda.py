@@ -63,8 +63,12 @@ def with_shares(choice: Any) -> Any:
 
 def multiprocessors(stream: torch.cuda.Stream) -> int:
     """How many of them what is submitted to a stream may use."""
+    status, context = driver.cuStreamGetGreenCtx(driver.CUstream(stream.cuda_stream))
+    assert status == driver.CUresult.CUDA_SUCCESS, status
+    if not int(context):  # the process's own context
+        return torch.cuda.get_device_properties(0).multi_processor_count
     kind = driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM
-    status, found = driver.cuStreamGetDevResource(driver.CUstream(stream.cuda_stream), kind)
+    status, found = driver.cuGreenCtxGetDevResource(context, kind)
     assert status == driver.CUresult.CUDA_SUCCESS, status
     return int(found.sm.smCount)
 
