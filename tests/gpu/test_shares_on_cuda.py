@@ -23,6 +23,7 @@ from mpsrun.run.captured import Captured
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.cotuning import TunedRecorder
 from mpsrun.run.recorder import recorder
+from mpsrun.run.streams import CudaSides
 
 pytestmark = pytest.mark.gpu
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
@@ -145,23 +146,23 @@ def test_small_networks_on_workers(shared: None, on_gpu: Coordinator, name: str)
     assert any(f"at {SHARE}%" in lane for region in report.graphs[-1].regions for lane in region.shown)
 
 
-def test_the_trunk_has_the_whole_gpu(shared: None, made: list[Captured]) -> None:
+def test_lanes_have_their_shares_and_the_trunk_the_whole_gpu(shared: None, monkeypatch: pytest.MonkeyPatch) -> None:
     everything = torch.cuda.get_device_properties(0).multi_processor_count
-    seen: list[int] = []
+    found: dict[int, set[int]] = {}
+    use, join = CudaSides.use, CudaSides.join
 
-    class Trunk(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = Three(16)
+    def note(lane: int) -> None:
+        found.setdefault(lane, set()).add(multiprocessors(torch.cuda.current_stream()))
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.body(x)
-
-    model = on("streams", Trunk().to("cuda"))
+    monkeypatch.setattr(CudaSides, "use", lambda self, lane: (use(self, lane), note(lane)))
+    monkeypatch.setattr(CudaSides, "join", lambda self, outputs: (join(self, outputs), note(LEAD)))
+    model = on("streams", Three(16).to("cuda"))
     for _ in range(3):
         model(torch.randn(5, 6, device="cuda")).sum().backward()
-        seen.append(multiprocessors(torch.cuda.current_stream()))
-    assert seen == [everything] * 3
+    assert found.pop(LEAD) == {everything}
+    assert found
+    for counts in found.values():
+        assert max(counts) == pytest.approx(everything * SHARE / 100, abs=9)
 
 
 @pytest.fixture
