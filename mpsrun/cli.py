@@ -28,6 +28,8 @@ Options before the script are mpsrun's; everything after it is the script's.
   --lanes auto|serial|streams|captured|workers
                                where branches run: auto measures; the others force every branch that may leave the
                                script's own stream to side streams or to worker processes, or none
+  --worker-share PERCENT       start each worker with this part of the GPU's multiprocessors, by CUDA MPS; without it
+                               plans may give workers shares, and change them
   --mps auto|on|off            CUDA MPS: start or join a daemon, insist on it, or do without
   --capture auto|off           compile the script's networks in place, or only what asks for backend="mpsrun"
   --log-dir DIR                keep the workers' logs there
@@ -38,6 +40,8 @@ Options before the script are mpsrun's; everything after it is the script's.
   --adapt auto|on|off          change the plan when other load, heat or missing memory make another one faster;
                                auto: on a GPU
   --trace FILE                 append what was sampled of the GPU, every step and every decision, as JSON lines
+  --tune-convolutions          have cuDNN's algorithms tuned for branches that run beside each other, as where the
+                               script sets torch.backends.cudnn.benchmark; results may then differ by rounding
   --max-restarts N             start the script again after a failure, N times at most (default 0); it should go on
                                from a checkpoint, see mpsrun.Checkpointer
   --strict                     raise a worker's error in the script instead of computing its branch there
@@ -127,6 +131,8 @@ def parse(words: Sequence[str]) -> tuple[Config, Target]:
                 raise UsageError(f"expected a value after {name}, found none; see mpsrun --help")
             value = rest.pop(0)
         values[field] = read(name, value)
+    if values.get("worker_share") is not None and values.get("mps") == "off":
+        raise UsageError("expected CUDA MPS for --worker-share, found --mps off; leave one of the two out")
     for wanted, use in (("verify", "compare for --verify"), ("explain", "explain")):
         if values.get(wanted) and values.get("lanes") == "serial":
             raise UsageError(f"expected lanes to {use}, found --lanes serial; leave one of the two out")
@@ -217,6 +223,12 @@ def _whole(name: str, value: str) -> int:
     return int(value)
 
 
+def _percent(name: str, value: str) -> int:
+    if not (value.isascii() and value.isdigit()) or not 1 <= int(value) <= 100:
+        raise UsageError(f"expected {name} with a whole number from 1 to 100, found {value!r}; try 50")
+    return int(value)
+
+
 def _seconds(name: str, value: str) -> float:
     try:
         seconds = float(value)
@@ -265,6 +277,8 @@ _OPTIONS: dict[str, Callable[[str, str], Any] | None] = {
     "max_restarts": _whole,
     "adapt": _choice("auto", "on", "off"),
     "trace": _path_of_a_file,
+    "worker_share": _percent,
+    "tune_convolutions": None,
     "json": None,
     "strict": None,
     "verbose": None,

@@ -39,6 +39,8 @@ class Config:
     max_restarts: how often the script is started again after a failure.
     adapt: whether plans change when the load of the GPU does; auto: where there is a GPU. trace: file that takes what
     was sampled and decided.
+    worker_share: the percentage of the GPU's multiprocessors that CUDA MPS lets each worker have, None for all.
+    tune_convolutions: whether cuDNN may choose other algorithms than the script lets it.
     run_dir: the private directory of this run, None before the launcher made it and where there is no launcher.
     """
 
@@ -59,6 +61,8 @@ class Config:
     max_restarts: int = 0
     adapt: Adapt = "auto"
     trace: Path | None = None
+    worker_share: int | None = None
+    tune_convolutions: bool = False
     run_dir: Path | None = None
 
     def worker_count(self) -> int:

@@ -19,6 +19,8 @@ from mpsrun.plan import tuner
 from mpsrun.plan.planfile import PlanFile
 from mpsrun.run import explain, plans, report, special
 from mpsrun.run.coordinator import Coordinator
+from mpsrun.run.link import Link
+from mpsrun.wire.messages import Prepare
 
 MOST_STEPS = 900  # until the workers are ready, which takes as long as it takes, a script runs plainly
 
@@ -190,3 +192,32 @@ def test_what_cannot_be_planned_for_still_trains(
     monkeypatch.setattr(plans, "key_of", broken)
     train(both(), 3)
     assert "could not be planned for" in capfd.readouterr().err
+
+
+def test_shares_are_told_to_the_workers(
+    tuned: Coordinator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A CPU has none to give out, and says so; if it had, the workers would be told theirs, and the table would too."""
+    Timed(monkeypatch, {"serial": 1000.0, "workers, 3 lanes": 500.0})
+    until_decided(both())
+    path = tmp_path / "pinned.txt"
+    path.write_text(str(plans._saved).replace("worker 1", "worker 1 at 40%").replace("worker 2", "worker 2 at 30%"))
+    settings = dataclasses.replace(config.current(), plan=path)
+    monkeypatch.setattr(config, "current", lambda: settings)
+    plans.pins.cache_clear()
+    torch._dynamo.reset()
+    train(both(), 1)
+    assert "a share of the multiprocessors, which this device" in capfd.readouterr().err
+
+    monkeypatch.setattr(special.Planner, "has_shares", True)
+    prepared = []
+    send = Link.send
+    monkeypatch.setattr(Link, "send", lambda link, message: (prepared.append(message), send(link, message))[1])
+    torch._dynamo.reset()
+    report.graphs.clear()
+    train(both(), 4)
+    shares = sorted(message.share for message in prepared if isinstance(message, Prepare))
+    assert shares in ([(0, 30), (30, 40)], [(0, 40), (40, 30)])
+    (region,) = report.graphs[0].regions
+    assert region.calls == 3
+    assert {"worker 1 at 40%", "worker 2 at 30%"} < {*region.shown}

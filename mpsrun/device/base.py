@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -132,6 +133,9 @@ class Device(Protocol):
 
     def follow(self, stream: int) -> None:
         """Let nothing after this run before what that stream (a `stream_key`) has been given so far."""
+
+    def share(self, start_percent: int, percent: int) -> AbstractContextManager[None]:
+        """What is submitted inside has only this part of the GPU's multiprocessors, in the same order with all else."""
 
     def synchronize(self) -> None:
         """Return when everything submitted by this process has been executed."""

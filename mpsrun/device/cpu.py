@@ -10,6 +10,7 @@ import re
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -185,6 +186,10 @@ class CpuDevice:
 
     def follow(self, stream: int) -> None:
         """There is one order only."""
+
+    def share(self, start_percent: int, percent: int) -> AbstractContextManager[None]:  # noqa: ARG002
+        """A CPU's cores are shared out by threads."""
+        return nullcontext()
 
     def synchronize(self) -> None:
         """Nothing is asynchronous on a CPU."""

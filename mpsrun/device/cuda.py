@@ -1,7 +1,7 @@
 """CUDA processes: chunks shared by CUDA IPC, and counters that the GPU itself writes and waits for.
 
 The counters use stream memory operations (CUDA driver API, "Stream Memory Operations"): a wait holds the stream, not
-the CPU. This is the only file that talks to the CUDA driver.
+the CPU. This file and shares.py are all that talks to the CUDA driver.
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ import functools
 import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from cuda.bindings import driver
 
 from mpsrun.device.base import COUNTER_BYTES, COUNTER_STRIDE_BYTES, Chunk, ChunkHandle, TensorRef, dtype_name
+from mpsrun.device.shares import WHOLE, stream_on
 from mpsrun.errors import MemoryGone, MpsrunError, NotShippable
 
 _WAIT = int(driver.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WAIT_VALUE_32)
 _WRITE = int(driver.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WRITE_VALUE_32)
 _BUFFER_ID = int(driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_BUFFER_ID)
+WORKER = 0  # what a worker's own lane is called among its streams
 _REACHED = int(driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ)
 
 
@@ -72,6 +75,7 @@ class CudaDevice:
         self._peek_stream = torch.cuda.Stream(index, priority=-1)
         self._peek_host = torch.empty(COUNTER_BYTES, dtype=torch.uint8, pin_memory=True)
         self._peek_done: torch.cuda.Event | None = None
+        self._streams: dict[tuple[int, int], torch.cuda.Stream] = {}  # by share
 
     def new_chunk(self, size_bytes: int) -> Chunk:
         torch.zeros(1, device=torch.device("cuda", self.index))  # makes the context current in a thread that is new
@@ -238,6 +242,23 @@ class CudaDevice:
         """Let the current stream go on only after what `stream` (a `stream_key`) has been given so far."""
         event = torch.cuda.ExternalStream(stream, self.index).record_event()
         torch.cuda.current_stream(self.index).wait_event(event)
+
+    @contextmanager
+    def share(self, start_percent: int, percent: int) -> Iterator[None]:
+        """Signals and waits stay on the caller's stream, which goes on once the share's is done."""
+        place = start_percent, percent
+        if place == WHOLE:
+            yield
+            return
+        if place not in self._streams:
+            self._streams[place] = stream_on(torch.device("cuda", self.index), WORKER, place)
+        outside, inside = torch.cuda.current_stream(self.index), self._streams[place]
+        inside.wait_stream(outside)
+        try:
+            with torch.cuda.stream(inside):
+                yield
+        finally:
+            outside.wait_stream(inside)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.index)

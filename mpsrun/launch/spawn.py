@@ -14,7 +14,7 @@ from mpsrun.errors import UsageError
 from mpsrun.launch.family import parent_env
 from mpsrun.launch.python_flags import python_flags
 from mpsrun.launch.target import Target
-from mpsrun.mps.control import LOG_DIRECTORY, PIPE_DIRECTORY
+from mpsrun.mps.control import ACTIVE_THREAD_PERCENTAGE, LOG_DIRECTORY, PIPE_DIRECTORY
 from mpsrun.mps.service import GUARD_LOG
 
 
@@ -23,11 +23,13 @@ def spawn_worker(config: Config, index: int, parent_pid: int, generation: int = 
 
     Call it from a thread that lasts: the worker ends when the thread that started it ends. It gets a process
     group of its own, so that the terminal's Ctrl-C and Ctrl-Z reach the lead only, and writes to
-    `config.worker_log(index)`. `generation`: how many processes had this index before.
+    `config.worker_log(index)`. `generation`: how many processes had this index before. Its share of the GPU under CUDA
+    MPS is fixed from its start on; nobody else's is touched.
     """
     role = ["worker", str(index), *([str(generation)] if generation else [])]
+    share = {} if config.worker_share is None else {ACTIVE_THREAD_PERCENTAGE: str(config.worker_share)}
     with config.worker_log(index).open("ab", buffering=0) as log:
-        return _spawn_own(role, log, os.environ | config.to_env(), parent_pid)
+        return _spawn_own(role, log, os.environ | config.to_env() | share, parent_pid)
 
 
 def spawn_lead(

@@ -1,5 +1,6 @@
 """Branches to lanes by longest processing time, and how long a region then takes."""
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 
 from mpsrun.graph.regions import Region
@@ -63,14 +64,22 @@ def _kept(duration_us: Sequence[float], free: Sequence[int], nesting: Collection
     return [min(free, key=lambda index: duration_us[index])]
 
 
-def region_us(region: Region, lanes: Sequence[int], costs: Costs, saved_us: Mapping[int, float] | None = None) -> float:
+def region_us(
+    region: Region,
+    lanes: Sequence[int],
+    costs: Costs,
+    saved_us: Mapping[int, float] | None = None,
+    shares: Sequence[int] = (),
+) -> float:
     """Microseconds of a region on these lanes; `saved_us`: by branch, what the regions inside it save.
 
     That is the longest lane, or all that the lead's thread launches, or all that keeps the whole device busy; handing
-    over comes on top.
+    over comes on top. `shares`: by branch, the part of the device (percent) on which its work takes longer.
     """
     saved = saved_us or {}
     duration_us = [max(0.0, us - saved.get(index, 0.0)) for index, us in enumerate(costs.branch_us(region))]
+    work_us = (100 / share * us for share, us in zip(shares, costs.busy_us(region), strict=False))
+    duration_us = [max(us, work) for us, work in itertools.zip_longest(duration_us, work_us, fillvalue=0.0)]
     if all(lane == LEAD for lane in lanes):
         return sum(duration_us)
     load_us: dict[int, float] = {}

@@ -7,7 +7,8 @@ from mpsrun.graph.regions import Region
 from mpsrun.plan.assign import hopeless, region_us, spread
 from mpsrun.plan.cost import Costs
 from mpsrun.plan.lanes import LEAD
-from mpsrun.plan.plan import CAPTURED, Assignment, Declined, Plan, decide, immovable, left_with
+from mpsrun.plan.plan import CAPTURED, Assignment, Declined, Plan, decide, immovable, left_with, some_shares
+from mpsrun.plan.shares import by_cost, worth_a_try
 
 MAX_CANDIDATES = 6
 # With the lead's own stream these are the 8 hardware queues of a process (CUDA_DEVICE_MAX_CONNECTIONS).
@@ -28,18 +29,25 @@ class Candidate:
 
 
 def candidates(
-    regions: Sequence[Region], worker_ids: Sequence[int], costs: Costs, has_streams: bool, captures: bool = False
+    regions: Sequence[Region],
+    worker_ids: Sequence[int],
+    costs: Costs,
+    has_streams: bool,
+    captures: bool = False,
+    has_shares: bool = False,
+    tunes: bool = False,
 ) -> tuple[Candidate, ...]:
     """At most `MAX_CANDIDATES` plans that differ, the best predicted first.
 
     regions: all of a graph, parents before children. worker_ids: the lanes of the workers that may be used.
-    has_streams: whether the lead's device has side streams. captures: whether the graph can be captured. Always in:
-    serial; side streams, if the device has them; both captured, if that can be; the plan that hands every region to all
+    has_streams: whether the lead's device has side streams. captures: whether the graph can be captured. has_shares:
+    whether lanes can have shares of the device. tunes: whether cuDNN may choose other algorithms. Always in: serial;
+    side streams, if the device has them, or both captured, if that can be; the plan that hands every region to all
     workers that is not hopeless.
     """
     planner = _Planner(regions, worker_ids, costs)
     wanted = [planner.candidate(SERIAL, lambda _region: Declined("serial"))]
-    if has_streams:
+    if has_streams and not captures:  # captured they are never slower, and become these where a recording fails
         wanted.append(planner.candidate("streams", planner.on_streams))
     wanted.append(planner.candidate(f"workers, {len(worker_ids) + 1} lanes", planner.on_every_worker))
     if captures:
@@ -49,6 +57,10 @@ def candidates(
     optional = planner.worker_candidates()
     if has_streams:
         optional.append(planner.candidate("mixed", planner.fastest))
+    if has_shares:
+        optional += [shared for plain in wanted if (shared := _with_shares(plain, regions, costs)) is not None]
+    if tunes and captures and has_streams:
+        optional.append(_tuned(forced_captured(regions, costs)))
     return _best(_different(wanted), optional)
 
 
@@ -74,13 +86,39 @@ def _captured(candidate: Candidate) -> Candidate:
     return replace(candidate, plan=replace(candidate.plan, captured=True))
 
 
+def _with_shares(candidate: Candidate, regions: Sequence[Region], costs: Costs) -> Candidate | None:
+    """The same with a share of the device for every lane of the regions where that may help; None where there is none.
+
+    Not of side streams whose ops are launched one by one, since their kernels hardly meet.
+    """
+    plan, whole = candidate.plan, costs.captured()  # what a GPU has to do, whoever launches it
+    if plan.streams and not plan.captured:
+        return None
+    chosen = dict(plan.regions)
+    for region in regions:
+        choice = chosen[region.index]
+        if isinstance(choice, Assignment) and worth_a_try(region, choice.lanes, whole):
+            chosen[region.index] = replace(choice, shares=some_shares(by_cost(region, choice.lanes, whole)))
+    shared = replace(plan, regions=chosen)
+    if not shared.has_shares:
+        return None
+    return Candidate(
+        f"{candidate.name}, shares", shared, predicted_us(shared, regions, whole if plan.captured else costs)
+    )
+
+
+def _tuned(candidate: Candidate) -> Candidate:
+    return replace(candidate, name=f"{candidate.name}, tuned", plan=replace(candidate.plan, tuned=True))
+
+
 def predicted_us(plan: Plan, regions: Sequence[Region], costs: Costs) -> float:
     """Microseconds of all regions under `plan`; what an inner region saves shortens the branch around it."""
     saved_us: dict[int, dict[int, float]] = {}
     total_us = 0.0
     for region in reversed(regions):
-        lanes = _lanes(plan.regions[region.index], region)
-        us = region_us(region, lanes, costs, saved_us.get(region.index))
+        choice = plan.regions[region.index]
+        shares = choice.shares if isinstance(choice, Assignment) else ()
+        us = region_us(region, _lanes(choice, region), costs, saved_us.get(region.index), shares)
         if region.parent is None:
             total_us += us
         else:
@@ -185,14 +223,14 @@ def _lanes(choice: _Choice, region: Region) -> tuple[int, ...]:
 
 def _different(made: Sequence[Candidate]) -> list[Candidate]:
     """The first of those that put every branch on the same lane."""
-    seen: dict[tuple[bool, tuple[tuple[int, _Choice], ...]], Candidate] = {}
+    seen: dict[tuple[bool, bool, tuple[tuple[int, _Choice], ...]], Candidate] = {}
     for candidate in made:
         assigned = sorted(
             (index, choice)
             for index, choice in candidate.plan.regions.items()
             if isinstance(choice, Assignment) and any(choice.lanes)
         )
-        seen.setdefault((candidate.plan.captured, tuple(assigned)), candidate)
+        seen.setdefault((candidate.plan.captured, candidate.plan.tuned and bool(assigned), tuple(assigned)), candidate)
     return list(seen.values())
 
 

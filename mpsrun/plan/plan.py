@@ -8,16 +8,38 @@ from mpsrun.errors import UsageError
 from mpsrun.graph.regions import Region
 from mpsrun.plan.assign import not_worth_it, spread
 from mpsrun.plan.cost import Costs, Machine
-from mpsrun.plan.lanes import LEAD, is_stream, is_worker, lane_name, lane_of
+from mpsrun.plan.lanes import LEAD, WHOLE, is_stream, is_worker, lane_name, lane_of
 
 CAPTURED = "captured"  # the line of a plan whose graph is replayed
+TUNED = "convolutions tuned"  # and of one whose convolutions are tuned beside each other
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """One lane a branch, numbered as `lanes.py` says."""
+    """One lane a branch, numbered as `lanes.py` says.
+
+    shares: by branch, the percentage of the GPU's multiprocessors that its lane has; empty where each has all of them.
+    """
 
     lanes: tuple[int, ...]
+    shares: tuple[int, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """By branch, its lane with its share."""
+        return tuple(map(lane_name, self.lanes, self.shares or (WHOLE,) * len(self.lanes)))
+
+    def without(self, workers: Collection[int]) -> "Assignment":
+        """What these workers would do in the lead, which has the whole GPU."""
+        lanes = tuple(LEAD if lane in workers else lane for lane in self.lanes)
+        shares = (WHOLE if lane == LEAD else share for lane, share in zip(lanes, self.shares, strict=False))
+        return Assignment(lanes, some_shares(shares))
+
+
+def some_shares(shares: Iterable[int]) -> tuple[int, ...]:
+    """These, or nothing where every lane has the whole GPU."""
+    found = tuple(shares)
+    return found if any(share != WHOLE for share in found) else ()
 
 
 @dataclass(frozen=True)
@@ -31,15 +53,18 @@ class Declined:
 class Plan:
     """What each region does, by region index; `str(plan)` is text that `Plan.parse` reads back.
 
-    captured: whether the whole graph is replayed as a CUDA graph.
+    captured: whether the whole graph is replayed as a CUDA graph. tuned: whether cuDNN's algorithms are chosen while
+    the branches run beside each other.
     """
 
     regions: Mapping[int, Assignment | Declined] = field(default_factory=dict)
     captured: bool = False
+    tuned: bool = False
 
     def __str__(self) -> str:
         lines = [_line(index, choice) for index, choice in sorted(self.regions.items())]
-        return "".join(f"{line}\n" for line in ([CAPTURED] if self.captured else []) + lines)
+        about = [CAPTURED] * self.captured + [TUNED] * self.tuned
+        return "".join(f"{line}\n" for line in about + lines)
 
     @classmethod
     def parse(cls, text: str) -> "Plan":
@@ -50,10 +75,10 @@ class Plan:
     def parse_lines(cls, lines: Iterable[tuple[int, str]], source: str) -> "Plan":
         """Read a plan from numbered lines of `source`; empty lines and those that start with `#` are skipped."""
         found: dict[int, Assignment | Declined] = {}
-        captured = False
+        about = set[str]()
         for number, line in lines:
-            if line.strip() == CAPTURED:
-                captured = True
+            if line.strip() in (CAPTURED, TUNED):
+                about.add(line.strip())
             elif line.strip() and not line.lstrip().startswith("#"):
                 index, choice = _parse_line(line.strip(), f"{source}, line {number}")
                 if index in found:
@@ -62,7 +87,7 @@ class Plan:
                         "keep one of them"
                     )
                 found[index] = choice
-        return cls(found, captured)
+        return cls(found, CAPTURED in about, TUNED in about)
 
     @property
     def workers(self) -> frozenset[int]:
@@ -72,9 +97,7 @@ class Plan:
     def without(self, workers: Collection[int]) -> "Plan":
         """The same plan with what these workers would do in the lead."""
         regions = {
-            index: Assignment(tuple(LEAD if lane in workers else lane for lane in choice.lanes))
-            if isinstance(choice, Assignment)
-            else choice
+            index: choice.without(workers) if isinstance(choice, Assignment) else choice
             for index, choice in self.regions.items()
         }
         return replace(self, regions=regions)
@@ -83,6 +106,11 @@ class Plan:
     def streams(self) -> frozenset[int]:
         """The side streams of the lead that it uses."""
         return frozenset(filter(is_stream, self._lanes()))
+
+    @property
+    def has_shares(self) -> bool:
+        """Whether a lane has only a part of the GPU."""
+        return any(isinstance(choice, Assignment) and choice.shares for choice in self.regions.values())
 
     @property
     def is_serial(self) -> bool:
@@ -154,7 +182,7 @@ _LINE = re.compile(
 def _line(index: int, choice: Assignment | Declined) -> str:
     if isinstance(choice, Declined):
         return f"region {index}: declined, {' '.join(choice.reason.split())}"
-    return f"region {index}: {' | '.join(map(lane_name, choice.lanes))}"
+    return f"region {index}: {' | '.join(choice.names)}"
 
 
 def _parse_line(line: str, place: str) -> tuple[int, Assignment | Declined]:
@@ -165,7 +193,7 @@ def _parse_line(line: str, place: str) -> tuple[int, Assignment | Declined]:
     known = tuple(lane for lane in lanes if lane is not None)
     if found is None or len(known) != len(lanes):
         raise UsageError(
-            f"{place}: expected 'region 0: lead | worker 1 | stream 1', 'region 0: declined, reason' or "
-            f"'{CAPTURED}', found {line[:200]!r}; correct the line or delete it"
+            f"{place}: expected 'region 0: lead | worker 1 | stream 1 at 25%', 'region 0: declined, reason', "
+            f"'{CAPTURED}' or '{TUNED}', found {line[:200]!r}; correct the line or delete it"
         )
-    return int(found["index"]), Assignment(known)
+    return int(found["index"]), Assignment(tuple(lane for lane, _ in known), some_shares(share for _, share in known))

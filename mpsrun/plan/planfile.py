@@ -73,11 +73,18 @@ class PlanFile:
 
 
 def fits(
-    plan: Plan, regions: Sequence[Region], worker_count: int, has_streams: bool = True, captures: bool = True
+    plan: Plan,
+    regions: Sequence[Region],
+    worker_count: int,
+    has_streams: bool = True,
+    captures: bool = True,
+    has_shares: bool = True,
+    tunes: bool = True,
 ) -> str | None:
     """Why `plan` cannot be followed for these regions with workers 1 to `worker_count`, or None where it can.
 
-    captures: whether the graph can be captured.
+    captures: whether the graph can be captured. has_shares: whether lanes can have shares of the device.
+    tunes: whether cuDNN may choose other algorithms.
     """
     known = {region.index: region for region in regions}
     if set(plan.regions) != set(known):
@@ -88,8 +95,12 @@ def fits(
         return "it is captured, which this graph cannot be here (--verbose says why)"
     if plan.workers and plan.captured:
         return f"it is captured and uses worker {min(plan.workers)}, which cannot be; delete one of the two"
+    if plan.tuned and not (plan.captured and tunes):
+        return "it has convolutions tuned, for which it must be captured and torch.backends.cudnn.benchmark set"
     if plan.streams and not has_streams:
         return f"it uses {lane_name(min(plan.streams))}, and this device has no streams"
+    if plan.has_shares and not has_shares:
+        return "it gives lanes a share of the multiprocessors, which this device or its driver cannot"
     reasons = (_misfit(region, plan, known) for region in regions)
     return next((reason for reason in reasons if reason is not None), None)
 
@@ -103,6 +114,9 @@ def _misfit(region: Region, plan: Plan, regions: Mapping[int, Region]) -> str | 
             f"it is for another network: expected {len(region.branches)} lanes for region {region.index}, "
             f"found {len(choice.lanes)}"
         )
+    share_of = dict(zip(choice.lanes, choice.shares, strict=False))
+    if any(share_of[lane] != share for lane, share in zip(choice.lanes, choice.shares, strict=False)):
+        return f"a lane has two shares in region {region.index}; give each of its branches the same one"
     outer = left_with(region, plan, regions)
     if outer is not None:
         return f"region {region.index} lies inside branch {outer[1]} of region {outer[0]}, which leaves; decline one"

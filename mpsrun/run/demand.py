@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
@@ -126,6 +127,14 @@ def measure(runs: Iterable[Callable[[], object]]) -> list[Demand] | None:
         return None
     gpu = Multiprocessors.of_current()
     return [Demand.of(kernels, gpu) for kernels in found]
+
+
+def kernel_names(run: Callable[[], object]) -> Counter[str] | None:
+    """How often each kernel is launched by `run`, which is waited for; None where the profiler cannot say."""
+    trace = _traced(run)
+    if trace is None:
+        return None
+    return Counter(event["name"] for event in trace.get("traceEvents", ()) if event.get("cat") == "kernel")
 
 
 def _traced(run: Callable[[], object]) -> Trace | None:

@@ -121,7 +121,7 @@ def _region_plan(region: Region, network: Network, chosen: Chosen | None) -> Reg
         return RegionPlan(lanes=lead, declined=f"no lanes on the device {network.kind}")
     choice = chosen.plan.regions[region.index]
     if isinstance(choice, Assignment):
-        return RegionPlan(lanes=tuple(map(lane_name, choice.lanes)), declined=None)
+        return RegionPlan(lanes=choice.names, declined=None)
     return RegionPlan(lanes=lead, declined=_why_declined(region, choice, network, chosen))
 
 

@@ -15,10 +15,12 @@ from mpsrun.errors import NotShippable
 from mpsrun.graph.effects import Effects
 from mpsrun.graph.regions import Region
 from mpsrun.graph.state import State, applied, is_state_node
+from mpsrun.plan.plan import Assignment
+from mpsrun.plan.shares import places_of
 from mpsrun.run import philox
 from mpsrun.run.forkjoin import fork, join
 from mpsrun.run.specialize import Cut, Strand
-from mpsrun.run.streams import LaneValues, Sides, open_sides
+from mpsrun.run.streams import LaneValues, Places, Sides, open_sides
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +29,7 @@ class Lowered:
 
     region: Region
     cut: Cut
-    lanes: tuple[int, ...]
+    assignment: Assignment
 
     @property
     def nodes(self) -> frozenset[fx.Node]:
@@ -79,11 +81,11 @@ class _Brackets:
 
         return enter_mode
 
-    def fork(self, device: torch.device) -> Callable[[LaneValues], Sides]:
+    def fork(self, device: torch.device, places: Places) -> Callable[[LaneValues], Sides]:
         self.used = True
 
         def open_lanes(inputs: LaneValues) -> Sides:
-            sides = open_sides(device, inputs)
+            sides = open_sides(device, inputs, places)
             self._open.append(lambda: sides.join(()))
             return sides
 
@@ -195,7 +197,7 @@ class _Emitter:
             args = tuple(self._values[node] for node in strand.args)
             handles.append(self._graph.call_function(_forking(f"fork_{number}", strand), args))
         self._handles += handles
-        sides = self._open_sides(cut) if cut.sides else None
+        sides = self._open_sides(lowered) if cut.sides else None
         random = cut.random if strands and strands[0].crossing.random_total else {}
         total = strands[0].crossing.random_total if strands else 0
         handle = handles[0] if handles else None
@@ -208,9 +210,11 @@ class _Emitter:
             for i, node in enumerate(strand.outputs):
                 self._values[node] = self._graph.call_function(_item, (outputs, i))
 
-    def _open_sides(self, cut: Cut) -> fx.Node:
+    def _open_sides(self, lowered: Lowered) -> fx.Node:
+        cut = lowered.cut
         inputs = tuple((side.lane, tuple(self._values[node] for node in side.inputs)) for side in cut.sides)
-        return self._graph.call_function(_named("fork_streams", self.brackets.fork(cut.device)), (inputs,))
+        open_lanes = self.brackets.fork(cut.device, places_of(lowered.assignment))
+        return self._graph.call_function(_named("fork_streams", open_lanes), (inputs,))
 
     def _close_sides(self, cut: Cut, sides: fx.Node) -> None:
         outputs = tuple((side.lane, tuple(self._values[node] for node in side.outputs)) for side in cut.sides)

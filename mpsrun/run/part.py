@@ -15,6 +15,7 @@ from mpsrun import log
 from mpsrun.errors import NotShippable
 from mpsrun.graph.effects import analyze, drop_inert
 from mpsrun.graph.regions import Region, whole
+from mpsrun.plan.lanes import lane_name
 from mpsrun.plan.plan import Assignment
 from mpsrun.run import names, report
 from mpsrun.run.binding import Binding
@@ -166,7 +167,9 @@ class Part:
         return Job(strand, binding, self._line(worker, strand.crossing.shares[0].job))
 
     def _line(self, worker: int, job: int) -> report.RegionReport:
-        line = report.RegionReport(names.RegionName("Branches", ""), (worker,), (self._label,), (job,))
+        line = report.RegionReport(
+            names.RegionName("Branches", ""), (worker,), (lane_name(worker),), (self._label,), (job,)
+        )
         bisect.insort(self._summary.regions, line, key=lambda line: (line.branches, line.lanes))
         return line
 

@@ -49,7 +49,9 @@ def cache() -> PlanCache:
     return PlanCache(config.current().plan_cache_dir)
 
 
-def pinned(name: str, regions: Sequence[Region], workers: int, has_streams: bool, captures: bool) -> Plan | None:
+def pinned(
+    name: str, regions: Sequence[Region], workers: int, has_streams: bool, captures: bool, has_shares: bool, tunes: bool
+) -> Plan | None:
     """The plan that `--plan` pins for the graph of this fingerprint; None, with one line why, where there is none."""
     known = pins()
     if known is None:
@@ -59,7 +61,7 @@ def pinned(name: str, regions: Sequence[Region], workers: int, has_streams: bool
     except UsageError as error:
         log.say(f"{error}; it is tuned instead")
         return None
-    reason = fits(plan, regions, workers, has_streams, captures)
+    reason = fits(plan, regions, workers, has_streams, captures, has_shares, tunes)
     if reason is not None:
         log.say(f"{known.source}: the plan of graph {name} cannot be followed: {reason}; it is tuned instead")
         return None

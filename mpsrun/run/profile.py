@@ -17,7 +17,7 @@ from mpsrun.errors import NotShippable
 from mpsrun.graph.effects import Effects
 from mpsrun.graph.program import build, extract
 from mpsrun.graph.regions import Branch, Region
-from mpsrun.graph.state import applied
+from mpsrun.graph.state import State, applied
 from mpsrun.plan.cost import Costs
 from mpsrun.run import demand, philox
 from mpsrun.run import state as modes
@@ -77,6 +77,35 @@ def _whole(times: Times, us_of: Callable[[Alone], float | None]) -> dict[int, tu
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class Step:
+    """Forward and backward of one branch, on inputs of its own; called, it does both on the current stream."""
+
+    function: Callable[..., tuple[torch.Tensor, ...]]
+    inputs: Sequence[Any]
+    state: State
+
+    def forward(self) -> tuple[torch.Tensor, ...]:
+        with applied(self.state):
+            return self.function(*self.inputs)
+
+    @property
+    def _wanted(self) -> list[torch.Tensor]:
+        return [x for x in self.inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+
+    def ends(self, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The outputs that backward starts from; none where no input wants a gradient."""
+        return [output for output in outputs if output.requires_grad] if self._wanted else []
+
+    def backward(self, ends: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> None:
+        torch.autograd.grad(ends, self._wanted, gradients, allow_unused=True)
+
+    def __call__(self) -> None:
+        ends = self.ends(self.forward())
+        if ends:
+            self.backward(ends, [torch.ones_like(end) for end in ends])
+
+
 class Profiler:
     """Runs the branches of one graph alone, under the modes of the calling thread.
 
@@ -99,7 +128,7 @@ class Profiler:
             reason = NotMeasured(f"all branches alone would take {estimate_s:.0f} s")
             return {region.index: [reason] * len(region.branches) for region in regions}
         deadline_s = time.monotonic() + LIMIT_S
-        with _undisturbed(self._kind):
+        with undisturbed(self._kind):
             times = {
                 region.index: [self._alone(branch, deadline_s) for branch in region.branches] for region in regions
             }
@@ -131,26 +160,28 @@ class Profiler:
         }
 
     def _runnable(self, branch: Branch) -> Callable[[], tuple[float, float]]:
-        program, outside = extract(branch.nodes, self._effects, branch.outputs)
-        with torch.no_grad():
-            inputs = [self._input(node, i in program.writes) for i, node in enumerate(outside)]
-        function, kind = build(program), self._kind
-        wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+        step, kind = self.step(branch), self._kind
 
         def run() -> tuple[float, float]:
             start = _mark(kind)
-            with applied(self._state):
-                outputs = function(*inputs)
+            outputs = step.forward()
             forward_us = _us_since(start)
-            ends = [output for output in outputs if output.requires_grad]
-            if not ends or not wanted:
+            ends = step.ends(outputs)
+            if not ends:
                 return forward_us, 0.0
             ones = [torch.ones_like(output) for output in ends]
             start = _mark(kind)
-            torch.autograd.grad(ends, wanted, ones, allow_unused=True)
+            step.backward(ends, ones)
             return forward_us, _us_since(start)
 
         return run
+
+    def step(self, branch: Branch) -> Step:
+        """One branch by itself, ready to run. Raises `NotShippable` where its inputs are not known."""
+        program, outside = extract(branch.nodes, self._effects, branch.outputs)
+        with torch.no_grad():
+            inputs = [self._input(node, i in program.writes) for i, node in enumerate(outside)]
+        return Step(build(program), inputs, self._state)
 
     def _input(self, node: fx.Node, written: bool) -> Any:
         """A leaf of its own in the place of an input; memory that the branch writes is copied."""
@@ -184,7 +215,7 @@ def _made_up(meta: TensorMeta) -> torch.Tensor:
 
 
 @contextmanager
-def _undisturbed(kind: str) -> Iterator[None]:
+def undisturbed(kind: str) -> Iterator[None]:
     """Outside of inference mode, in which nothing could require gradients, and with the generators put back."""
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]), philox.undisturbed(kind):
         yield

@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from mpsrun import config, log
-from mpsrun.plan.lanes import is_worker, lane_name
+from mpsrun.plan.lanes import is_worker
 from mpsrun.run import names
 
 if TYPE_CHECKING:
     from mpsrun.graph.regions import Region
+    from mpsrun.plan.plan import Assignment
     from mpsrun.wire.messages import Counts
 
 CAPTION = "times each branch ran; the lead does not count its own backward"
@@ -28,12 +29,13 @@ class RegionReport:
     """A region on its lanes, for one set of sizes and modes.
 
     name: the module around it and its path, or the user's line. lanes: by branch, 0 for the lead or the number of a
-    worker. branches: by branch, the path of its module below the region's. jobs: by branch, the job that it is part
-    of, 0 in the lead. calls: how often it ran on these lanes.
+    worker; shown: the same in words, with its share of the GPU. branches: by branch, the path of its module below the
+    region's. jobs: by branch, the job that it is part of, 0 in the lead. calls: how often it ran on these lanes.
     """
 
     name: names.RegionName
     lanes: tuple[int, ...]
+    shown: tuple[str, ...]
     branches: tuple[str, ...]
     jobs: tuple[int, ...]
     calls: int = 0
@@ -66,9 +68,11 @@ class Graph:
         self.declined.append(f"{region.where}: {text}" if region.where else text)
         self._refuse(self.declined[-1])
 
-    def accept(self, region: Region, lanes: tuple[int, ...], jobs: tuple[int, ...]) -> RegionReport:
+    def accept(self, region: Region, choice: Assignment, jobs: tuple[int, ...]) -> RegionReport:
         """A region runs on these lanes from now on."""
-        self.regions.append(RegionReport(names.region(region), lanes, names.branches(region), jobs))
+        self.regions.append(
+            RegionReport(names.region(region), choice.lanes, choice.names, names.branches(region), jobs)
+        )
         return self.regions[-1]
 
     def called(self, regions: Sequence[RegionReport]) -> None:
@@ -113,25 +117,25 @@ def print_table(counts: Mapping[int, Counts]) -> None:
 def _fold(regions: Sequence[RegionReport]) -> list[list[RegionReport]]:
     groups: dict[tuple[object, ...], list[RegionReport]] = {}
     for region in regions:
-        groups.setdefault((region.name.kind, region.branches, region.lanes), []).append(region)
+        groups.setdefault((region.name.kind, region.branches, region.shown), []).append(region)
     return list(groups.values())
 
 
 def _rows(alike: Sequence[RegionReport], counts: Mapping[int, Counts]) -> Iterator[tuple[str, str, str, str, str]]:
     first = alike[0]
     labels = names.fold([region.name for region in alike])
-    for i, (branch, lane) in enumerate(zip(first.branches, first.lanes, strict=True)):
+    for i, (branch, lane, shown) in enumerate(zip(first.branches, first.lanes, first.shown, strict=True)):
         label = labels[i] if i < len(labels) else ""
         jobs = [region.jobs[i] for region in alike]
         told = counts.get(lane)
         if not is_worker(lane):
-            yield label, branch, lane_name(lane), _times([region.calls for region in alike]), ""
+            yield label, branch, shown, _times([region.calls for region in alike]), ""
         elif told is None:  # a worker that was lost takes its counts along
-            yield label, branch, lane_name(lane), "?", "?"
+            yield label, branch, shown, "?", "?"
         else:
             forward = _times([told.forwards.get(job, 0) for job in jobs])
             backward = _times([told.backwards.get(job, 0) for job in jobs])
-            yield label, branch, lane_name(lane), forward, backward
+            yield label, branch, shown, forward, backward
 
 
 def _times(counts: Sequence[int]) -> str:

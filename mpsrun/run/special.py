@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from mpsrun import log
+from mpsrun import config, log
+from mpsrun.device.shares import shares
 from mpsrun.graph.effects import Effects
 from mpsrun.graph.regions import Region
 from mpsrun.plan import memory
@@ -17,6 +18,7 @@ from mpsrun.plan.candidates import Candidate, candidates, forced, forced_capture
 from mpsrun.plan.cost import MACHINES, Costs
 from mpsrun.run import plans, report
 from mpsrun.run.coordinator import Coordinator
+from mpsrun.run.cotuning import has_convolutions
 from mpsrun.run.observe import Observation
 from mpsrun.run.options import Options
 from mpsrun.run.plan_cache import Entry, Key
@@ -81,6 +83,22 @@ class Planner:
         """Whether this graph can be captured, and may be."""
         return self._may_capture and self.subject.refusal is None
 
+    @property
+    def has_shares(self) -> bool:
+        """Whether lanes can have a share of the GPU's multiprocessors, and workers were not started with one."""
+        if self._kind != "cuda" or config.current().worker_share is not None:
+            return False
+        return shares(torch.device("cuda", torch.cuda.current_device())).refusal is None
+
+    @property
+    def tunes(self) -> bool:
+        """Whether cuDNN may choose other algorithms: the script lets it, or the user does, and there is a choice."""
+        asked = torch._C._get_cudnn_benchmark() or config.current().tune_convolutions
+        fixed = torch._C._get_cudnn_deterministic() or torch.are_deterministic_algorithms_enabled()
+        if self._kind != "cuda" or not asked or fixed or not torch._C._get_cudnn_enabled():
+            return False
+        return any(has_convolutions(branch) for region in self._regions for branch in region.branches)
+
     def candidates(self, workers: Sequence[int], branch_us: _BranchUs | None = None) -> tuple[Candidate, ...]:
         """The plans to choose from with these workers; a forced lane leaves no choice."""
         costs, workers = Costs(MACHINES[self._kind], branch_us or {}), list(workers)[: self._options.workers]
@@ -90,7 +108,7 @@ class Planner:
             return (forced_streams(self._regions, costs),)
         if self._options.forced:
             return (forced(self._regions, workers, costs),)
-        return candidates(self._regions, workers, costs, self.has_streams, self.captures)
+        return candidates(self._regions, workers, costs, self.has_streams, self.captures, self.has_shares, self.tunes)
 
     def special(self, owner: Coordinator | None, args: Sequence[Any], seen: Observation) -> Special:
         """The plans for the sizes of these arguments: one that is forced or pinned, or several to tune."""
@@ -101,7 +119,9 @@ class Planner:
         if not self._options.forced:
             workers = [link.index for link in owner.links] if owner is not None else []
             name = plans.fingerprint(key)
-            plan = plans.pinned(name, self._regions, len(workers), self.has_streams, self.captures)
+            plan = plans.pinned(
+                name, self._regions, len(workers), self.has_streams, self.captures, self.has_shares, self.tunes
+            )
         if plan is not None:
             gone = frozenset(workers) - {*usable}
             special.candidates = (Candidate("pinned", plan.without(gone), 0.0),)

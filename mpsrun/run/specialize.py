@@ -15,6 +15,7 @@ from mpsrun.graph.program import Program, State, extract
 from mpsrun.graph.regions import Branch, Region
 from mpsrun.plan.lanes import is_stream, is_worker
 from mpsrun.plan.plan import Assignment
+from mpsrun.plan.shares import EVERYWHERE, Places, places_of
 from mpsrun.run import state as modes
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.crossing import Crossing, Flat, Share
@@ -70,7 +71,7 @@ class Side:
 
 @dataclass(frozen=True)
 class _Part:
-    """One worker's nodes as a program; `args` and `metas` are by input of the program."""
+    """One worker's nodes as a program; `args` and `metas` are by input of the program, `place` is its share's."""
 
     worker: int
     program: Program
@@ -80,6 +81,7 @@ class _Part:
     metas: tuple[TensorMeta | int, ...]
     random: tuple[fx.Node, ...]
     gradients: Gradients
+    place: tuple[int, int]
 
 
 class Cutter:
@@ -128,7 +130,7 @@ class Cutter:
         strands = []
         jobs: dict[Branch, int] = {}
         for group in groups.values():
-            parts = self._parts(group, seen, state)
+            parts = self._parts(group, seen, state, places_of(assignment))
             args = tuple(dict.fromkeys(node for part in parts for node in part.inputs))
             outputs = tuple(node for part in parts for node in part.outputs)
             crossing = self._crossing(parts, args, seen, state, device, starts, total)
@@ -153,7 +155,9 @@ class Cutter:
         inputs = (n for branch in chosen for n in branch.inputs if kind.get(n) not in ("parameter", "buffer"))
         return Side(lane, tuple(dict.fromkeys(inputs)), tuple(n for branch in chosen for n in branch.outputs))
 
-    def _parts(self, laned: Sequence[tuple[Branch, int]], seen: Observation, state: State) -> list[_Part]:
+    def _parts(
+        self, laned: Sequence[tuple[Branch, int]], seen: Observation, state: State, places: Places
+    ) -> list[_Part]:
         found = []
         arg_of: dict[fx.Node, int] = {}
         for worker in sorted({lane for _, lane in laned}):
@@ -167,7 +171,8 @@ class Cutter:
             gradients = trace_gradients(program, metas, state)
             args = tuple(arg_of[node] for node in inputs)
             random = tuple(node for node in nodes if self._effects.facts[node].random)
-            found.append(_Part(worker, program, args, tuple(inputs), tuple(outputs), metas, random, gradients))
+            place = places.get(worker, EVERYWHERE)
+            found.append(_Part(worker, program, args, tuple(inputs), tuple(outputs), metas, random, gradients, place))
         return found
 
     def _crossing(
@@ -252,6 +257,8 @@ class Cutter:
             writes=[forward.place(i, _tensor(part.metas[i], part.inputs[i])) for i in part.program.writes],
             grad_outputs=[backward.place(i, x) for i, x in enumerate(out_metas)] if grad else [],
             grad_inputs=wants,
+            share=part.place,
+            flags=modes.flags(),
         )
         span = range(first_output, first_output + len(out_metas))
         link = self._owner.links[part.worker - 1]

@@ -3,18 +3,24 @@
 Autograd runs the backward of an op on the stream of its forward, so that a region needs no more than this: side streams
 that start where the region forks, and a main stream that waits for them where it joins. What crosses between streams is
 told to torch's allocator, which gives memory back to the stream that it was made on.
+
+A lane with a share of the GPU has a stream of a green context. The main stream always has the whole GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
+from mpsrun.device.shares import WHOLE, stream_on
+
 # What crosses between the main stream and the others: (lane, values) for each side stream.
 LaneValues = Sequence[tuple[int, Sequence[Any]]]
-_streams: dict[tuple[torch.device, int], torch.cuda.Stream] = {}
+# By lane, where its share of the multiprocessors starts and how large it is, in percent; all others have the whole GPU.
+Places = Mapping[int, tuple[int, int]]
+_streams: dict[tuple[torch.device, int, tuple[int, int]], torch.cuda.Stream] = {}
 
 
 class Sides(Protocol):
@@ -30,10 +36,10 @@ class Sides(Protocol):
 class CudaSides:
     """Side streams of one GPU; all regions use the same ones."""
 
-    def __init__(self, device: torch.device, inputs: LaneValues) -> None:
+    def __init__(self, device: torch.device, inputs: LaneValues, places: Places) -> None:
         """Start the lanes of `inputs`, which are what each of them reads."""
         self._main = torch.cuda.current_stream(device)
-        self._sides = {lane: _stream(device, lane) for lane, _ in inputs}
+        self._sides = {lane: _stream(device, lane, places.get(lane, WHOLE)) for lane, _ in inputs}
         fork = self._main.record_event()
         for lane, values in inputs:
             self._sides[lane].wait_event(fork)
@@ -60,20 +66,20 @@ class OneOrder:
         """Nothing is under way."""
 
 
-def open_sides(device: torch.device, inputs: LaneValues) -> Sides:
+def open_sides(device: torch.device, inputs: LaneValues, places: Places) -> Sides:
     """Fork into the lanes of `inputs`."""
-    return CudaSides(device, inputs) if device.type == "cuda" else OneOrder()
+    return CudaSides(device, inputs, places) if device.type == "cuda" else OneOrder()
 
 
 def side_streams(device: torch.device) -> list[torch.cuda.Stream]:
     """Those of a device that were used so far."""
-    return [stream for (where, _), stream in _streams.items() if where == device]
+    return [stream for (where, *_), stream in _streams.items() if where == device]
 
 
-def _stream(device: torch.device, lane: int) -> torch.cuda.Stream:
-    key = device, lane
+def _stream(device: torch.device, lane: int, place: tuple[int, int]) -> torch.cuda.Stream:
+    key = device, lane, place
     if key not in _streams:
-        _streams[key] = torch.cuda.Stream(device)
+        _streams[key] = stream_on(device, lane, place)
     return _streams[key]
 
 

@@ -13,16 +13,18 @@ from mpsrun import log
 from mpsrun.errors import NotShippable
 from mpsrun.graph.effects import Effects
 from mpsrun.graph.regions import Region
+from mpsrun.plan import memory
 from mpsrun.plan.lanes import LEAD
 from mpsrun.plan.plan import Assignment, Plan
-from mpsrun.run import report
+from mpsrun.run import cotuning, report
 from mpsrun.run.binding import Binding
 from mpsrun.run.captured import Captured
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.crossing import Crossing
 from mpsrun.run.lower import Lowered, lower
 from mpsrun.run.observe import Observation
-from mpsrun.run.recorder import recorder
+from mpsrun.run.profile import Profiler
+from mpsrun.run.recorder import Recorder, recorder
 from mpsrun.run.replay import Subject
 from mpsrun.run.specialize import Cutter, Strand
 
@@ -115,12 +117,27 @@ class Maker:
         except NotShippable as error:
             self._summary.note(str(error))
             regions, run, strands, places = [], self._gm.forward, [], []
-        reports = [self._summary.accept(r.region, r.lanes, r.cut.jobs) for r in regions]
+        reports = [self._summary.accept(r.region, r.assignment, r.cut.jobs) for r in regions]
         binding = Binding(strands, self._position)
         captured = plan.captured and not strands
         if captured:
-            run = Captured(self._subject, run, recorder(self._device(args)))
+            run = Captured(self._subject, run, self._recorder(plan, regions, seen, args))
         return Variant(run, binding, strands, places, reports, not reports and not captured)
+
+    def _recorder(self, plan: Plan, regions: list[Lowered], seen: Observation, args: Sequence[Any]) -> Recorder:
+        device = self._device(args)
+        plainly = recorder(device)
+        if not plan.tuned:
+            return plainly
+        profiler = Profiler(self._effects, seen, {node: args[i] for node, i in self._position.items()}, device.type)
+        free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+        most_bytes = memory.workspace_bytes(plan, self._regions, free_bytes)
+        try:
+            branches = cotuning.laned(regions, profiler)
+        except NotShippable as error:
+            log.say(f"convolutions keep the algorithms that are fastest alone: {error}")
+            return plainly
+        return cotuning.tuned(plainly, device, branches, cotuning.whole(self._subject.plain, args), most_bytes)
 
     def _device(self, args: Sequence[Any]) -> torch.device:
         """The one of the graph's tensors: a graph of several is not captured."""
@@ -148,7 +165,7 @@ class Maker:
             self._summary.refuse(reason, region.where)
             return None
         try:
-            return Lowered(region, self._cutter.cut(region, choice, seen), choice.lanes)
+            return Lowered(region, self._cutter.cut(region, choice, seen), choice)
         except NotShippable as error:
             self._summary.refuse(str(error), region.where)
             return None

@@ -16,7 +16,7 @@ from mpsrun.errors import MemoryGone, MpsrunError
 from mpsrun.graph.program import validate
 from mpsrun.launch.error_file import leave_error
 from mpsrun.run.executor import Executor
-from mpsrun.run.state import apply_flags
+from mpsrun.run.state import apply_flags, flags
 from mpsrun.wire import messages as m
 from mpsrun.wire.channel import WorkerChannel
 
@@ -143,13 +143,18 @@ class Worker:
     def _prepare(self, message: m.Prepare) -> None:
         self.executor.layouts[message.layout] = message
         if self.executor.jobs[message.job].unbound is None:
+            before = flags()
+            apply_flags(message.flags)
             try:
-                self.executor.warm_up(message)
+                with self.device.share(*message.share):
+                    self.executor.warm_up(message)
             except RuntimeError as error:
                 if not lacks_memory(error):
                     raise
                 self._give_up(0, message.layout, error)
                 return
+            finally:
+                apply_flags(before)
         self.channel.send(m.Prepared(self.index, message.layout, self.generation))
 
     def _step(self, message: m.Forward | m.Backward) -> None:
@@ -158,7 +163,8 @@ class Worker:
         if self.device.kind == "cuda":  # on a CPU the message itself comes after the tensors
             self.device.wait([self._submitted], [message.seq], FOREVER_S)
         try:
-            self._compute(message)
+            with self.device.share(*self.executor.layouts[message.layout].share):
+                self._compute(message)
         except RuntimeError as error:
             if not lacks_memory(error):
                 raise

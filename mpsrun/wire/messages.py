@@ -8,12 +8,15 @@ had this index before.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 from mpsrun.device import ChunkHandle, TensorRef
 from mpsrun.graph.program import Program, State
 
-PROTOCOL = 3
+PROTOCOL = 4
+Percent = Annotated[int, msgspec.Meta(ge=0, le=100)]
 
 
 class Slot(msgspec.Struct, frozen=True, array_like=True):
@@ -85,10 +88,18 @@ class Bind(msgspec.Struct, frozen=True, tag=True):
     statics: list[Static]
 
 
+class Flags(msgspec.Struct, frozen=True, array_like=True):
+    """Global settings of torch that decide about results and that no program carries, as (name, value) pairs."""
+
+    values: tuple[tuple[str, bool | int | str], ...]
+
+
 class Prepare(msgspec.Struct, frozen=True, tag=True):
     """Make a layout known, and run it once on zeros, so that kernels are loaded before they are waited for.
 
-    Workers of one region share the number of their layout; `position` is the worker's place among them.
+    Workers of one region share the number of their layout; `position` is the worker's place among them. `share`: where
+    its share of the GPU's multiprocessors starts and how large it is, in percent. `flags`: the global settings for that
+    run, since cuDNN's choices at the first run are kept.
     """
 
     layout: int
@@ -102,6 +113,8 @@ class Prepare(msgspec.Struct, frozen=True, tag=True):
     writes: list[Place]
     grad_outputs: list[Place]
     grad_inputs: list[Place]
+    share: tuple[Percent, Percent] = (0, 100)
+    flags: Flags | None = None
 
 
 class Forget(msgspec.Struct, frozen=True, tag=True):
@@ -109,12 +122,6 @@ class Forget(msgspec.Struct, frozen=True, tag=True):
 
     layouts: list[int]
     jobs: list[int]
-
-
-class Flags(msgspec.Struct, frozen=True, array_like=True):
-    """Global settings of torch that decide about results and that no program carries, as (name, value) pairs."""
-
-    values: tuple[tuple[str, bool | int | str], ...]
 
 
 class Forward(msgspec.Struct, frozen=True, tag=True):

@@ -23,6 +23,11 @@ def test_options_before_the_script_are_ours() -> None:
     assert target == Target("script", "t.py", ("--workers", "x", "-m", "--"))
 
 
+def test_shares_and_convolutions() -> None:
+    config, _ = parse(["--worker-share", "40", "--tune-convolutions", "t.py"])
+    assert config == Config(worker_share=40, tune_convolutions=True)
+
+
 @pytest.mark.parametrize("name", ["--log-dir", "--log_dir"])
 def test_dashes_and_underscores(name: str) -> None:
     assert parse([name, "/l", "t.py"])[0].log_dir == Path("/l")
@@ -53,6 +58,10 @@ WRONG = [
     (["--lanes", "all", "t.py"], "auto|serial|streams|captured|workers"),
     (["--mps=maybe", "t.py"], "auto|on|off"),
     (["--capture", "on", "t.py"], "auto|off"),
+    (["--worker-share", "0", "t.py"], "from 1 to 100, found '0'"),
+    (["--worker-share", "101", "t.py"], "from 1 to 100, found '101'"),
+    (["--worker-share", "50", "--mps", "off", "t.py"], "CUDA MPS for --worker-share, found --mps off"),
+    (["--tune-convolutions=1", "t.py"], "--tune-convolutions alone"),
     (["--timeout", "0", "t.py"], "above 0"),
     (["--timeout", "nan", "t.py"], "above 0"),
     (["--strict=yes", "t.py"], "--strict alone"),

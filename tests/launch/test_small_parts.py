@@ -7,7 +7,7 @@ import pytest
 
 from mpsrun.config import Config, socket_address
 from mpsrun.errors import MpsrunError, UsageError
-from mpsrun.launch import hardware
+from mpsrun.launch import hardware, spawn
 from mpsrun.launch.on_import import after_import
 from mpsrun.launch.python_flags import python_flags
 
@@ -103,6 +103,15 @@ def test_a_mac() -> None:
 
 def test_the_build_of_torch_is_read_without_importing_it() -> None:
     assert set(hardware.torch_build()) <= {"cuda", "hip"}
+
+
+def test_only_workers_are_started_with_a_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, str]] = []
+    monkeypatch.setattr(spawn, "_spawn_own", lambda _role, _log, environ, _parent: started.append(dict(environ)))
+    for share in (None, 40):
+        spawn.spawn_worker(Config(run_dir=tmp_path, worker_share=share), 1, 1)
+    spawn.spawn_guard(tmp_path, tmp_path, 1)
+    assert [environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE") for environ in started] == [None, "40", None]
 
 
 def test_config_reads_back() -> None:

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from mpsrun.graph.regions import Branch, Region
 from mpsrun.plan.candidates import Candidate
 from mpsrun.plan.cost import Machine
-from mpsrun.plan.plan import Assignment, Declined, Plan
+from mpsrun.plan.lanes import LEAD, WHOLE
+from mpsrun.plan.plan import Assignment, Declined, Plan, some_shares
 
 # A busy machine is slow at times; that says nothing about plans.
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -47,8 +48,14 @@ def contenders(*workers: tuple[int, ...]) -> list[Candidate]:
 
 
 LINES = st.text(min_size=1).map(lambda text: " ".join(text.split())).filter(bool)
-CHOICES = st.one_of(
-    st.lists(st.integers(-(10**9) + 1, 10**9 - 1), min_size=1, max_size=8).map(lambda lanes: Assignment(tuple(lanes))),
-    LINES.map(Declined),
-)
-PLANS = st.builds(Plan, st.dictionaries(st.integers(0, 10**9 - 1), CHOICES, max_size=5), st.booleans())
+
+
+@st.composite
+def assignments(draw: st.DrawFn) -> Assignment:
+    lanes = tuple(draw(st.lists(st.integers(-(10**9) + 1, 10**9 - 1), min_size=1, max_size=8)))
+    shares = st.sampled_from([WHOLE, 1, 25, 99])
+    return Assignment(lanes, some_shares(draw(shares) if lane != LEAD else WHOLE for lane in lanes))
+
+
+CHOICES = st.one_of(assignments(), LINES.map(Declined))
+PLANS = st.builds(Plan, st.dictionaries(st.integers(0, 10**9 - 1), CHOICES, max_size=5), st.booleans(), st.booleans())

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,9 +13,10 @@ from mpsrun.plan.assign import hopeless
 from mpsrun.plan.bound import Bound, bound
 from mpsrun.plan.candidates import MAX_CANDIDATES, Candidate, candidates, nesting_of, predicted_us
 from mpsrun.plan.cost import MACHINES, Costs
-from mpsrun.plan.memory import CONTEXT_BYTES, affordable, memory_needed_bytes, too_large
+from mpsrun.plan.memory import CONTEXT_BYTES, SHARE_BYTES, affordable, memory_needed_bytes, too_large, workspace_bytes
 from mpsrun.plan.plan import Assignment, Declined, Plan
 from mpsrun.plan.planfile import fits
+from mpsrun.plan.shares import places_of
 
 COSTS = Costs(GPU)
 NO = Declined("no")
@@ -41,6 +43,79 @@ def test_a_graph_that_can_be_captured_is_tried_with_and_without_streams() -> Non
     assert found["captured streams"].plan == Plan({0: Assignment((-1, -2, -3, -4))}, captured=True)
     assert found["captured streams"].predicted_us < found["captured"].predicted_us < found["serial"].predicted_us
     assert [candidate.plan.is_serial for candidate in found.values()].count(True) == 1
+
+
+def shared(*regions: Region, workers: Sequence[int] = (), captures: bool = True) -> dict[str, Plan]:
+    """By name, the candidates with shares."""
+    found = by_name(candidates(regions, workers, COSTS, has_streams=True, captures=captures, has_shares=True))
+    assert len(found) <= MAX_CANDIDATES
+    return {name: candidate.plan for name, candidate in found.items() if candidate.plan.has_shares}
+
+
+def test_shares_follow_the_costs_of_branches_that_are_alike() -> None:
+    """Together they are three times the GPU. Of the trunk nothing is said: it has the whole."""
+    four, unlike, three = region(90, 90, 120, 90), region(3, 900, 3, 3, index=1), region(90, 90, 90, index=2)
+    plans = shared(four, unlike, three, region(*[30] * 8, index=3))
+    assert list(plans) == ["captured streams, shares"]
+    plan = plans["captured streams, shares"]
+    assert plan.captured
+    assert plan.regions[0] == Assignment((-2, -3, -1, -4), (69, 69, 92, 69))
+    assert plan.regions[1] == Assignment((-2, -1, -3, -4))
+    assert plan.regions[2] == Assignment((-1, -2, -3))
+    assert plan.regions[3] == Assignment((-1, -2, -3, -4, -5, -6, -7, -1), (75, *[37] * 6, 75))
+
+
+def test_kernels_that_fill_the_gpu_get_no_shares() -> None:
+    assert shared(region(10, 10, 10, 10, flops=199_000_000)) != {}  # 20 us of the whole GPU each
+    assert shared(region(10, 10, 10, 10, flops=200_000_000)) == {}
+    assert shared(region(0, 0, 0, 0)) == {}
+
+
+def test_workers_have_shares_where_nothing_can_be_captured() -> None:
+    """The lead's own branch has the whole GPU."""
+    plans = shared(region(100, 100, 120, 100), workers=[1, 2, 3], captures=False)
+    assert plans["workers, 4 lanes, shares"].regions[0] == Assignment((0, 2, 1, 3), (100, 71, 85, 71))
+    assert all(plan.workers for plan in plans.values())
+
+
+def test_the_sixth_candidate_is_the_one_with_shares() -> None:
+    found = candidates([region(100, 100, 100, 100)], [1, 2, 3], COSTS, True, captures=True, has_shares=True)
+    names = [candidate.name for candidate in found]
+    assert names[:2] == ["captured streams", "captured streams, shares"]
+    assert len(names) == MAX_CANDIDATES
+
+
+def test_convolutions_are_tuned_where_cudnn_may_choose() -> None:
+    towers = [region(100, 100, 100, 100)]
+    found = by_name(candidates(towers, [1, 2, 3], COSTS, True, captures=True, has_shares=True, tunes=True))
+    assert len(found) == MAX_CANDIDATES
+    plain, tuned = found["captured streams"].plan, found["captured streams, tuned"].plan
+    assert (tuned.tuned, replace(tuned, tuned=False)) == (True, plain)
+    assert found["captured streams, shares"].plan.has_shares
+    assert str(tuned).startswith("captured\nconvolutions tuned\nregion 0: stream 1 |")
+    assert not any(c.plan.tuned for c in candidates(towers, [1], COSTS, True, captures=False, tunes=True))
+    nothing = candidates([region(9, 9, pinned=(0, 1))], [], COSTS, True, captures=True, tunes=True)
+    assert not any(candidate.plan.tuned for candidate in nothing)
+
+
+def test_an_algorithm_may_take_its_lane_s_part_of_what_is_free() -> None:
+    regions = [region(100, 100, 100, moved_bytes=4000)]
+    plan = Plan({0: Assignment((-1, -2, -2))}, captured=True)
+    assert workspace_bytes(plan, regions, 2 * 3000 + 6000) == 2000
+    assert workspace_bytes(plan, regions, 5000) == 0
+
+
+def test_work_takes_longer_on_a_share() -> None:
+    work = region(1, 1, flops=10**9)  # 3 ms of the whole GPU each
+    plain, narrow = (Plan({0: Assignment((-1, -2), shares)}, captured=True) for shares in ((), (50, 20)))
+    assert predicted_us(plain, [work], COSTS.captured()) == 6_000
+    assert predicted_us(narrow, [work], COSTS.captured()) == 15_000
+
+
+def test_shares_are_placed_one_behind_the_other() -> None:
+    assert places_of(Assignment((0, -1, -2))) == {}
+    assert places_of(Assignment((0, -2, -1, -2), (100, 30, 50, 30))) == {-2: (0, 30), -1: (30, 50)}
+    assert places_of(Assignment((-1, -2, -3), (60, 60, 100))) == {-1: (0, 60), -2: (60, 60)}
 
 
 def test_small_regions_are_declined_where_it_must_pay_and_tried_where_there_is_hope() -> None:
@@ -111,21 +186,29 @@ def graphs(draw: st.DrawFn) -> list[Region]:
 
 
 @PATIENT
-@given(graphs(), st.integers(0, 4), st.booleans(), st.booleans())
-def test_candidates_of_any_graph(regions: list[Region], worker_count: int, has_streams: bool, captures: bool) -> None:
-    found = candidates(regions, range(1, worker_count + 1), COSTS, has_streams, captures)
+@given(graphs(), st.integers(0, 4), st.booleans(), st.booleans(), st.booleans())
+def test_candidates_of_any_graph(
+    regions: list[Region], worker_count: int, has_streams: bool, captures: bool, has_shares: bool
+) -> None:
+    found = candidates(regions, range(1, worker_count + 1), COSTS, has_streams, captures, has_shares)
     plans = [candidate.plan for candidate in found]
     assert [plan.is_serial for plan in plans].count(True) == 1
     assert len(found) <= MAX_CANDIDATES
     assert found == tuple(sorted(found, key=lambda candidate: candidate.predicted_us))
     for one, other in itertools.combinations(plans, 2):
-        assert (one.captured, lanes_of(one)) != (other.captured, lanes_of(other))
+        assert (one.captured, one.has_shares, lanes_of(one)) != (other.captured, other.has_shares, lanes_of(other))
     assert any(plan.captured for plan in plans) == captures
     for plan in plans:
-        assert fits(plan, regions, worker_count, has_streams) is None
+        assert fits(plan, regions, worker_count, has_streams, has_shares=has_shares) is None
+        assert all(sum(shares_of(choice).values()) <= 300 for choice in plan.regions.values())
     if worker_count:
         outer = [r.index for r in regions if r.parent is None and hopeless(r, COSTS) is None]
         assert any(set(outer) <= set(lanes_of(plan)) for plan in plans if not plan.streams and not plan.captured)
+
+
+def shares_of(choice: Assignment | Declined) -> dict[int, int]:
+    """By lane with a share, how large it is."""
+    return {lane: share for lane, (_, share) in places_of(choice).items()} if isinstance(choice, Assignment) else {}
 
 
 def lanes_of(plan: Plan) -> dict[int, tuple[int, ...]]:
@@ -159,6 +242,8 @@ def test_memory_is_contexts_slots_and_activations() -> None:
     assert memory_needed_bytes(plan, regions) == 2 * CONTEXT_BYTES + 2 * 2 * 2000 + 2 * 2000
     assert memory_needed_bytes(plan, regions, ready_workers=[1, 2, 3]) == 2 * 2 * 2000 + 2 * 2000
     assert memory_needed_bytes(Plan({0: Assignment((0, -1, 0))}), regions) == 2000
+    shared = Plan({0: Assignment((-1, -2, -1), (30, 70, 30))})
+    assert memory_needed_bytes(shared, regions) == 6000 + 2 * SHARE_BYTES
 
 
 def test_candidates_for_which_there_is_no_memory_are_left_out() -> None:

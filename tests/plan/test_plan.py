@@ -93,9 +93,20 @@ def test_names_of_lanes() -> None:
     names = {0: "lead", 1: "worker 1", 12: "worker 12", -1: "stream 1", -12: "stream 12"}
     for lane, name in names.items():
         assert lane_name(lane) == name
-        assert lane_of(name) == lane
+        assert lane_of(name) == (lane, 100)
         assert (is_worker(lane), is_stream(lane)) == (name.startswith("worker"), name.startswith("stream"))
     assert [lane_of(name) for name in ("", "worker", "worker 01", "Lead", "stream 0", "worker ٣")] == [None] * 6
+    assert lane_name(-2, 25) == "stream 2 at 25%"
+    assert lane_of("stream 2 at 25%") == (-2, 25)
+    assert [lane_of(f"stream 2{rest}") for rest in (" at 0%", " at 100%", " at 5", " 5%", " at -5%")] == [None] * 5
+    assert lane_of("lead at 25%") is None
+
+
+def test_what_a_lost_worker_did_gets_the_whole_gpu() -> None:
+    plan = Plan({0: Assignment((0, 1, 2), (100, 40, 60)), 1: Assignment((1, 1), (50, 50))})
+    assert plan.has_shares
+    assert plan.without([1]).regions == {0: Assignment((0, 0, 2), (100, 100, 60)), 1: Assignment((0, 0))}
+    assert not plan.without([1, 2]).has_shares
 
 
 def test_plans_know_what_they_use() -> None:
@@ -131,6 +142,9 @@ def test_plans_read_back_from_their_text() -> None:
         "region 7: lead | worker 12\n"
     )
     assert Plan.parse(str(plan)) == plan
+    shared = Plan({0: Assignment((0, -1, -2, -2), (100, 100, 30, 30))}, captured=True)
+    assert str(shared) == "captured\nregion 0: lead | stream 1 | stream 2 at 30% | stream 2 at 30%\n"
+    assert Plan.parse(str(shared)) == shared
     assert Plan.parse("# a remark\n\n  region 3: worker 1 | lead\n") == Plan({3: Assignment((1, 0))})
 
 

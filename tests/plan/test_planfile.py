@@ -1,6 +1,7 @@
 """Plans of several graphs in one file, and plans that do not fit."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -88,6 +89,8 @@ NO = Declined("no")
         (Plan({0: Assignment((1, 0))}), [region(1, 1, pinned=(0,))], "branch 0 of region 0 must stay .*because"),
         (Plan({0: Assignment((1, 0)), 1: Assignment((0, 2)), 2: NO}), NESTED, None),
         (Plan({0: Assignment((0, 1)), 1: Assignment((0, 2)), 2: NO}), NESTED, "region 1 lies inside branch 1"),
+        (Plan({0: Assignment((-1, -1, -2), (20, 20, 80))}), [region(1, 1, 1)], None),
+        (Plan({0: Assignment((-1, -1, -2), (20, 30, 50))}), [region(1, 1, 1)], "a lane has two shares in region 0"),
         (Plan({0: Assignment((0, -1)), 1: NO, 2: Assignment((0, 2))}), NESTED, "region 2 lies inside branch 1 of .* 0"),
     ],
 )
@@ -100,3 +103,16 @@ def test_streams_need_a_device_that_has_them() -> None:
     plan = Plan({0: Assignment((0, -1))})
     assert fits(plan, [region(1, 1)], 0) is None
     assert fits(plan, [region(1, 1)], 0, has_streams=False) == "it uses stream 1, and this device has no streams"
+
+
+def test_tuning_needs_a_recording_and_leave_to_choose() -> None:
+    plan = Plan({0: Assignment((0, -1))}, captured=True, tuned=True)
+    assert fits(plan, [region(1, 1)], 0) is None
+    assert "cudnn.benchmark" in (fits(plan, [region(1, 1)], 0, tunes=False) or "")
+    assert "must be captured" in (fits(replace(plan, captured=False), [region(1, 1)], 0) or "")
+
+
+def test_shares_need_a_device_that_has_them() -> None:
+    plan = Plan({0: Assignment((0, -1), (100, 50))})
+    assert fits(plan, [region(1, 1)], 0) is None
+    assert "a share of the multiprocessors" in (fits(plan, [region(1, 1)], 0, has_shares=False) or "")

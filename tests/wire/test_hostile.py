@@ -20,7 +20,7 @@ from transparency import TOLERANCE, on_lanes
 from mpsrun.config import Config
 from mpsrun.device import ChunkHandle, CpuDevice, TensorRef
 from mpsrun.errors import MpsrunError
-from mpsrun.graph.program import Input, Op, Program, Ref
+from mpsrun.graph.program import Input, Op, Program, Ref, State
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.worker import Worker
 from mpsrun.wire import codec
@@ -74,6 +74,9 @@ NO_MESSAGE = {
     "wrong types": tagged(type="Unmap", chunks="all"),
     "number out of range": tagged(type="Prepare", layout=-1.5),
     "a report": codec.encode(m.Started(1)),
+    "a share of more than there is": codec.encode(
+        m.Prepare(1, 0, 1, False, State(), [], {}, [], [], [], [], (0, 10**9))
+    ),
     "missing fields": tagged(type="Forward", seq=1),
 }
 HOSTILE: dict[str, m.ToWorker] = {
