@@ -70,6 +70,12 @@ def forced_captured(regions: Sequence[Region], costs: Costs) -> Candidate:
     return _captured(planner.candidate("captured streams", planner.on_streams))
 
 
+def forced_captured_workers(regions: Sequence[Region], worker_ids: Sequence[int], costs: Costs) -> Candidate:
+    """As `forced`, the whole graph captured, in the lead and in the workers."""
+    planner = _Planner(regions, worker_ids, costs.captured())
+    return _captured(planner.candidate("captured workers", planner.forced))
+
+
 def _captured(candidate: Candidate) -> Candidate:
     return replace(candidate, plan=replace(candidate.plan, captured=True))
 

@@ -26,7 +26,7 @@ from mpsrun.run.recorder import Recorder, Recording
 from mpsrun.wire.messages import Flags
 
 # What a recording was made under and cannot be changed afterwards; the era of the recorder.
-Settings = tuple[Flags, State, int]
+Settings = tuple[Flags, State, object]
 
 
 class Subject:
@@ -247,7 +247,7 @@ class Body:
 
     def _record_backward(self, present: tuple[int, ...]) -> Recording | None:
         try:
-            return self._recorder.record(lambda: self._grad_of(present))
+            return self._recorder.record(lambda: self._grad_of(present), self._forward)
         except RuntimeError as error:
             self.failed = error
             return None

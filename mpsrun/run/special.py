@@ -13,7 +13,14 @@ from mpsrun import log
 from mpsrun.graph.effects import Effects
 from mpsrun.graph.regions import Region
 from mpsrun.plan import memory
-from mpsrun.plan.candidates import Candidate, candidates, forced, forced_captured, forced_streams
+from mpsrun.plan.candidates import (
+    Candidate,
+    candidates,
+    forced,
+    forced_captured,
+    forced_captured_workers,
+    forced_streams,
+)
 from mpsrun.plan.cost import MACHINES, Costs
 from mpsrun.run import plans, report
 from mpsrun.run.coordinator import Coordinator
@@ -74,7 +81,8 @@ class Planner:
 
     @property
     def _may_capture(self) -> bool:
-        return self._options.lanes == "captured" or (self._kind == "cuda" and self._options.lanes == "auto")
+        forced = self._options.lanes in ("captured", "captured-workers")
+        return forced or (self._kind == "cuda" and self._options.lanes == "auto")
 
     @property
     def captures(self) -> bool:
@@ -86,6 +94,8 @@ class Planner:
         costs, workers = Costs(MACHINES[self._kind], branch_us or {}), list(workers)[: self._options.workers]
         if self._options.lanes == "captured" and self.captures:
             return (forced_captured(self._regions, costs),)
+        if self._options.lanes == "captured-workers" and self.captures:
+            return (forced_captured_workers(self._regions, workers, costs),)
         if self._options.lanes in ("streams", "captured"):
             return (forced_streams(self._regions, costs),)
         if self._options.forced:
