@@ -28,14 +28,19 @@ class Candidate:
 
 
 def candidates(
-    regions: Sequence[Region], worker_ids: Sequence[int], costs: Costs, has_streams: bool, captures: bool = False
+    regions: Sequence[Region],
+    worker_ids: Sequence[int],
+    costs: Costs,
+    has_streams: bool,
+    captures: bool = False,
+    captures_workers: bool = False,
 ) -> tuple[Candidate, ...]:
     """At most `MAX_CANDIDATES` plans that differ, the best predicted first.
 
     regions: all of a graph, parents before children. worker_ids: the lanes of the workers that may be used.
-    has_streams: whether the lead's device has side streams. captures: whether the graph can be captured. Always in:
-    serial; side streams, if the device has them; both captured, if that can be; the plan that hands every region to all
-    workers that is not hopeless.
+    has_streams: whether the lead's device has side streams. captures: whether the graph can be captured;
+    captures_workers: whether that is so with its regions on worker lanes. Always in: serial; side streams, if the
+    device has them; both captured, if that can be; every region to all workers that is not hopeless.
     """
     planner = _Planner(regions, worker_ids, costs)
     wanted = [planner.candidate(SERIAL, lambda _region: Declined("serial"))]
@@ -49,6 +54,8 @@ def candidates(
     optional = planner.worker_candidates()
     if has_streams:
         optional.append(planner.candidate("mixed", planner.fastest))
+    if captures_workers and worker_ids:
+        optional.append(forced_captured_workers(regions, worker_ids, costs))
     return _best(_different(wanted), optional)
 
 

@@ -100,7 +100,9 @@ class Planner:
             return (forced_streams(self._regions, costs),)
         if self._options.forced:
             return (forced(self._regions, workers, costs),)
-        return candidates(self._regions, workers, costs, self.has_streams, self.captures)
+        # Random numbers for a worker are not captured: it would be the uncaptured plan once more.
+        with_workers = self.captures and not self.subject.is_random
+        return candidates(self._regions, workers, costs, self.has_streams, self.captures, with_workers)
 
     def special(self, owner: Coordinator | None, args: Sequence[Any], seen: Observation) -> Special:
         """The plans for the sizes of these arguments: one that is forced or pinned, or several to tune."""
