@@ -128,7 +128,10 @@ def _publish(invocation: Invocation, args: Sequence[Any]) -> None:
 
 
 def _take(invocation: Invocation) -> tuple[torch.Tensor, ...]:
-    """Wait for the outputs, commit the buffers, and give each output a tensor of its own."""
+    """Wait for the outputs, commit the buffers, and give each output a tensor of its own.
+
+    A relay has its slots to itself, and what leaves its graph is copied there.
+    """
     crossing, owner = invocation.crossing, invocation.crossing.owner
     room, args = invocation.room, invocation.args
     if room is None or args is None:
@@ -144,8 +147,10 @@ def _take(invocation: Invocation) -> tuple[torch.Tensor, ...]:
         targets = [args[arg].data if hidden else args[arg] for arg, _, hidden in crossing.writes]
         copy_all(targets, fresh)
     views = crossing.tensors(room, "outputs")
-    outputs = [torch.empty_like(v) if e else v.detach() for v, e in zip(views, crossing.escapes, strict=True)]
-    escaping = [i for i, escapes in enumerate(crossing.escapes) if escapes]
+    escaping = [i for i, escapes in enumerate(crossing.escapes) if escapes and invocation.relay is None]
+    outputs = [view.detach() for view in views]
+    for i in escaping:
+        outputs[i] = torch.empty_like(views[i])
     copy_all([outputs[i] for i in escaping], [views[i] for i in escaping])
     return tuple(outputs)
 
@@ -272,8 +277,8 @@ def _release_gradients(
 
 
 def _collect(invocation: Invocation, backward: BackwardWork) -> list[torch.Tensor | None]:
-    """The gradients of everything that Fork took, in memory that may be kept."""
-    crossing = invocation.crossing
+    """The gradients of everything that Fork took, in memory that may be kept; in a relay, where they stand."""
+    crossing, copies = invocation.crossing, backward.relay is None
     if backward.relay is not None:
         backward.relay.wait(crossing)
     else:
@@ -282,10 +287,10 @@ def _collect(invocation: Invocation, backward: BackwardWork) -> list[torch.Tenso
     found: dict[int, torch.Tensor] = {}
     singles = crossing.tensors(backward.room, "singles")
     for arg, parts in backward.gathering.singles:
-        found[arg] = _sum([singles[k] for k in parts])
+        found[arg] = _sum([singles[k] for k in parts]) if copies or len(parts) > 1 else singles[parts[0]]
     wholes = crossing.tensors(backward.room, "flats")
     for flat, whole, wanted in zip(crossing.flats, wholes, backward.gathering.flats, strict=True):
-        parts = torch._utils._unflatten_dense_tensors(whole.clone(), flat.like)
+        parts = torch._utils._unflatten_dense_tensors(whole.clone() if copies else whole, flat.like)
         for k, arg in wanted:
             found[arg] = found[arg].add_(parts[k]) if arg in found else parts[k]
     invocation.release_backward()
