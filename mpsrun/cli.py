@@ -25,9 +25,10 @@ Runs a PyTorch training script with the independent branches of its network at t
 Options before the script are mpsrun's; everything after it is the script's.
 
   --workers N|auto             worker processes (default auto: at most 3, one core left to the script)
-  --lanes auto|serial|streams|captured|workers
+  --lanes auto|serial|streams|captured|workers|captured-workers
                                where branches run: auto measures; the others force every branch that may leave the
-                               script's own stream to side streams or to worker processes, or none
+                               script's own stream to side streams or to worker processes, or none; captured: as
+                               CUDA graphs
   --worker-share PERCENT       start each worker with this part of the GPU's multiprocessors, by CUDA MPS; without it
                                plans may give workers shares, and change them
   --mps auto|on|off            CUDA MPS: start or join a daemon, insist on it, or do without
@@ -265,7 +266,7 @@ _FIELDS = {"timeout": "timeout_s", "json": "explain"}
 _OF_EXPLAIN = ("json", "steps")
 _OPTIONS: dict[str, Callable[[str, str], Any] | None] = {
     "workers": _workers,
-    "lanes": _choice("auto", "serial", "streams", "captured", "workers"),
+    "lanes": _choice("auto", "serial", "streams", "captured", "workers", "captured-workers"),
     "mps": _choice("auto", "on", "off"),
     "capture": _choice("auto", "off"),
     "log_dir": _path,

@@ -21,7 +21,7 @@ START_S = 60.0
 STACKS_SIGNAL = signal.SIGUSR1  # has a worker write the Python stack of each of its threads into its log
 REPORTED = 70  # exit status of a worker that told the lead why it ends (EX_SOFTWARE of sysexits.h)
 
-Lanes = Literal["auto", "serial", "streams", "captured", "workers"]
+Lanes = Literal["auto", "serial", "streams", "captured", "workers", "captured-workers"]
 Switch = Literal["auto", "on", "off"]
 Capture = Literal["auto", "off"]
 Adapt = Literal["auto", "on", "off"]

@@ -17,5 +17,9 @@ class MemoryGone(MpsrunError):
     """Memory that another process has shared is not there any more: its owner has freed it since."""
 
 
+class NotNow(MpsrunError):
+    """Something cannot be done at the moment, for instance since a worker is missing; later it can."""
+
+
 class NotShippable(MpsrunError):
     """A branch cannot be written as data and stays in the lead; the text is the reason in words."""

@@ -24,3 +24,9 @@ def on_captured(model: nn.Module) -> nn.Module:
     """Compile a module in place, captured lanes forced."""
     model.compile(backend=mpsrun, options={"lanes": "captured"})
     return model
+
+
+def on_captured_workers(model: nn.Module, workers: int) -> nn.Module:
+    """Compile a module in place, every legal region forced into workers, and captured there and in the lead."""
+    model.compile(backend=mpsrun, options={"lanes": "captured-workers", "workers": workers})
+    return model

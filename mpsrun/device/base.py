@@ -11,7 +11,7 @@ import msgspec
 import torch
 
 COUNTER_STRIDE_BYTES = 64  # one counter a cache line
-MAX_COUNTERS = 512  # a worker that is started again gets a new one
+MAX_COUNTERS = 1024  # two a worker, and a worker that is started again gets new ones
 COUNTER_BYTES = MAX_COUNTERS * COUNTER_STRIDE_BYTES
 
 

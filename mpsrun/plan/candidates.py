@@ -34,16 +34,17 @@ def candidates(
     costs: Costs,
     has_streams: bool,
     captures: bool = False,
+    captures_workers: bool = False,
     has_shares: bool = False,
     tunes: bool = False,
 ) -> tuple[Candidate, ...]:
     """At most `MAX_CANDIDATES` plans that differ, the best predicted first.
 
     regions: all of a graph, parents before children. worker_ids: the lanes of the workers that may be used.
-    has_streams: whether the lead's device has side streams. captures: whether the graph can be captured. has_shares:
-    whether lanes can have shares of the device. tunes: whether cuDNN may choose other algorithms. Always in: serial;
-    side streams, if the device has them, or both captured, if that can be; the plan that hands every region to all
-    workers that is not hopeless.
+    has_streams: whether the lead's device has side streams. captures: whether the graph can be captured;
+    captures_workers: whether that is so with its regions on worker lanes. has_shares: whether lanes can have shares of
+    the device. tunes: whether cuDNN may choose other algorithms. Always in: serial; side streams, if the device has
+    them, or both captured, if that can be; the plan that hands every region to all workers that is not hopeless.
     """
     planner = _Planner(regions, worker_ids, costs)
     wanted = [planner.candidate(SERIAL, lambda _region: Declined("serial"))]
@@ -57,6 +58,8 @@ def candidates(
     optional = planner.worker_candidates()
     if has_streams:
         optional.append(planner.candidate("mixed", planner.fastest))
+    if captures_workers and worker_ids:
+        optional.append(forced_captured_workers(regions, worker_ids, costs))
     if has_shares:
         optional += [shared for plain in wanted if (shared := _with_shares(plain, regions, costs)) is not None]
     if tunes and captures and has_streams:
@@ -80,6 +83,12 @@ def forced_captured(regions: Sequence[Region], costs: Costs) -> Candidate:
     """As `forced_streams`, the whole graph captured."""
     planner = _Planner(regions, (), costs.captured())
     return _captured(planner.candidate("captured streams", planner.on_streams))
+
+
+def forced_captured_workers(regions: Sequence[Region], worker_ids: Sequence[int], costs: Costs) -> Candidate:
+    """As `forced`, the whole graph captured, in the lead and in the workers."""
+    planner = _Planner(regions, worker_ids, costs.captured())
+    return _captured(planner.candidate("captured workers", planner.forced))
 
 
 def _captured(candidate: Candidate) -> Candidate:

@@ -10,7 +10,7 @@ from mpsrun.graph.regions import Branch, Region
 class Machine:
     """Rates of a machine; `cores_shared`: one op already uses all of its cores.
 
-    replay_us: what a kernel takes at least in a CUDA graph.
+    replay_us: what a kernel takes at least in a CUDA graph. replay_crossing_us: a crossing between CUDA graphs.
     """
 
     launch_us: float
@@ -19,14 +19,23 @@ class Machine:
     crossing_us: float
     cores_shared: bool = False
     replay_us: float = 0.0
+    replay_crossing_us: float = 0.0
 
 
 # With eager PyTorch an op costs 85 to 95 us of one CPU thread, forward and backward together: GoogLeNet batch 8 and
 # transformer towers batch 4 on an H200 (benchmarks/h200.json). A crossing, which is fork, join and both of their
 # backwards, takes some 550 us of the lead on an H100 (benchmarks/h100.json). The rates are what training reaches there,
-# not its peaks.
+# not its peaks. A signal between CUDA graphs of two processes under CUDA MPS takes 5.3 us there, from the write until
+# the other graph goes on; a crossing has four of them.
 MACHINES = {
-    "cuda": Machine(launch_us=30.0, flops_per_s=100e12, bytes_per_s=1.5e12, crossing_us=550.0, replay_us=2.0),
+    "cuda": Machine(
+        launch_us=30.0,
+        flops_per_s=100e12,
+        bytes_per_s=1.5e12,
+        crossing_us=550.0,
+        replay_us=2.0,
+        replay_crossing_us=21.0,
+    ),
     "cpu": Machine(launch_us=5.0, flops_per_s=100e9, bytes_per_s=10e9, crossing_us=500.0, cores_shared=True),
 }
 
@@ -51,7 +60,9 @@ class Costs:
 
     def captured(self) -> "Costs":
         """The same work without launching it op by op, which is what was measured."""
-        return Costs(replace(self.machine, launch_us=self.machine.replay_us), replayed=True)
+        machine = self.machine
+        replayed = replace(machine, launch_us=machine.replay_us, crossing_us=machine.replay_crossing_us)
+        return Costs(replayed, replayed=True)
 
     @property
     def stream_us(self) -> float:

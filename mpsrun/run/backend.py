@@ -54,8 +54,8 @@ def mpsrun(
 ) -> Callable[..., Any]:
     """Backend of `torch.compile(model, backend="mpsrun", options={"lanes": "workers"})`.
 
-    options: `lanes` ("auto", "serial", "streams", "captured" or "workers") and `workers` (use at most so many) for this
-    model; the default is the launcher's. Raises `MpsrunError` for an option that does not exist.
+    options: `lanes` ("auto", "serial", "streams", "captured", "workers", "captured-workers") and `workers` (use at
+    most so many) for this model; the default is the launcher's. Raises `MpsrunError` for an option that does not exist.
     """
     graph = Graph(gm, Options.read(options or {}, mode))
     report.graphs.append(graph.summary)

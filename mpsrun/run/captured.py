@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mpsrun import log
-from mpsrun.errors import NotShippable
+from mpsrun.errors import NotNow, NotShippable
 from mpsrun.run import state as modes
 from mpsrun.run.recorder import Recorder
 from mpsrun.run.replay import Body, Settings, Subject
@@ -70,7 +70,11 @@ class Captured:
         try:
             if self._subject.sizes > MOST_SIZES:
                 raise NotShippable(f"it was for {MOST_SIZES} other sets of sizes and modes")
-            self._body = Body(self._subject, self._run, args, self._recorder, self._bumps, settings)
+            body = Body(self._subject, self._run, args, self._recorder, self._bumps, settings)
+            self._body = body if self._recorder.era == settings[2] else None  # another thread may have changed it
+        except NotNow:
+            self._recordings -= 1
+            self._subject.sizes -= self._recordings == 0
         except (RuntimeError, NotShippable) as error:
             self._give_up(error)
         return self._body

@@ -8,7 +8,7 @@ import time
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,15 +17,17 @@ from mpsrun.config import Config, available_cores
 from mpsrun.device import ChunkHandle, Device
 from mpsrun.device.arena import Arena, Room
 from mpsrun.device.base import COUNTER_BYTES
-from mpsrun.errors import NotShippable, WorkerError
+from mpsrun.errors import NotNow, NotShippable, WorkerError
 from mpsrun.run import state as modes
 from mpsrun.run.crossing import Crossing, Handed, Share
-from mpsrun.run.link import SEQUENCE_MASK, SUBMITTED, Link, Work
+from mpsrun.run.link import SEQUENCE_MASK, STEP, SUBMITTED, Link, Replayed, Work
+from mpsrun.run.relay import Relay
 from mpsrun.run.standin import StandIn
 from mpsrun.run.watcher import Watcher
 from mpsrun.wire import messages as m
 from mpsrun.wire.channel import LeadChannel
 
+T = TypeVar("T")
 LEVEL_EVERY = 1 << 29
 GRACE = 2.0  # a wait outlasts the watchdog by this factor, so that the watchdog is what ends it
 
@@ -46,8 +48,11 @@ class Coordinator:
         count = settings.worker_count()
         addresses = [settings.worker_socket(i) for i in range(1, count + 1)]
         self._channel = LeadChannel(addresses, settings.report_socket, settings.secret_file.read_bytes())
-        self._counter_numbers = itertools.count(SUBMITTED + 1)
-        self.links = [Link(i, self._channel, next(self._counter_numbers)) for i in range(1, count + 1)]
+        self._counter_numbers = itertools.count(STEP + 1)
+        self.links = [
+            Link(i, self._channel, next(self._counter_numbers), next(self._counter_numbers))
+            for i in range(1, count + 1)
+        ]
         self._counters = device.new_chunk(COUNTER_BYTES)
         device.bind_counters(self._counters)
         self._arena = Arena(device, self._announce)
@@ -64,11 +69,14 @@ class Coordinator:
         )
         self.flags = modes.flags()
         self._ids = itertools.count(1)
+        self._relays = itertools.count(1)
+        self._binds = 0
         self._sequence = 0
         self._graph_task = -1
         self._retired: deque[tuple[Room, int, Sequence[tuple[int, int]]]] = deque()
         self._abandoned: deque[tuple[tuple[Link, ...], int]] = deque()
         self._forgotten: deque[tuple[Link, int, int]] = deque()
+        self._discarded: deque[tuple[int, tuple[Link, ...]]] = deque()
         self._last_stream: int | None = None
         self._thread: int | None = None
         self.crowded = False  # several threads call networks: between two ops of one, another may bind
@@ -133,7 +141,8 @@ class Coordinator:
 
     def retire(self, room: Room, stream: int, pending: Sequence[tuple[int, int]]) -> None:
         """Give a slot back. Safe in a finalizer: it only appends."""
-        self._retired.append((room, stream, pending))
+        if not self.closed:
+            self._retired.append((room, stream, pending))
 
     def abandon(self, links: Sequence[Link], invocation: int) -> None:
         """These workers will not be asked for a backward of an invocation. Safe in a finalizer: it only appends."""
@@ -142,6 +151,10 @@ class Coordinator:
     def forget(self, parts: Sequence[tuple[Link, int, int]]) -> None:
         """Layouts and jobs, by link, that will not be used again. Safe in a finalizer: it only appends."""
         self._forgotten.extend(parts)
+
+    def discard(self, relay: int, links: tuple[Link, ...]) -> None:
+        """A relay will not be replayed again by these workers. Safe in a finalizer: it only appends."""
+        self._discarded.append((relay, links))
 
     def trim(self) -> None:
         """Give back the GPU memory that lead and workers keep for later use: others have none."""
@@ -160,7 +173,7 @@ class Coordinator:
         First it is remembered, so that whatever goes wrong from here on, somebody will do it; then the workers are
         released in stream order, then told.
         """
-        if self._abandoned or self._forgotten:
+        if self._abandoned or self._forgotten or self._discarded:
             self._tidy()
         work = Work(message, forward, crossing, time.monotonic())
         for link in links:
@@ -170,6 +183,67 @@ class Coordinator:
             self.device.signal((SUBMITTED,), (message.seq,))
         for link in links:
             link.send_step(message)
+
+    def record(self, relay: Relay) -> None:
+        """Have the workers record their parts of a relay. Does not wait."""
+        with self.lock:
+            self._tidy()
+            for link in relay.links:
+                link.send(m.Record(relay.number, [work.message for work in relay.of(link)], self.flags))
+
+    def wait_recorded(self, relay: Relay) -> None:
+        """Wait until all workers have recorded their parts.
+
+        Raises `NotShippable` with the reason of one that could not, and `NotNow` where one was lost.
+        """
+        deadline = time.monotonic() + self.settings.timeout_s
+        with self._watcher.changed:
+            while True:
+                if any(link.lost is not None for link in relay.links):
+                    raise NotNow("a worker was lost")
+                waiting = [link for link in relay.links if relay.number not in link.recorded]
+                for link in relay.links:
+                    if reason := link.recorded.get(relay.number):
+                        raise NotShippable(f"in worker {link.index}: {reason}")
+                if not waiting:
+                    return
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    raise NotShippable(f"a worker has not recorded its part within {self.settings.timeout_s:g} s")
+                self._watcher.changed.wait(min(left_s, 1.0))
+
+    def replay(self, relay: Relay, run: Callable[[], T]) -> T:
+        """Have the workers replay a relay, and do the lead's own part of it, which is `run`.
+
+        Counters are reset here: what wrote and read them in the last replay is over, since the wait at the end of it is
+        behind us in stream order.
+        """
+        with self.lock:
+            self.check()
+            if self._abandoned or self._forgotten or self._discarded:
+                self._tidy()
+            seq = self.next_sequence()
+            message = m.Replay(seq, relay.number, self.changed_flags(relay.links))
+            now_s = time.monotonic()
+            for link in relay.links:
+                link.remember(Replayed(message, relay.of(link), now_s))
+            if self.device.kind == "cuda":
+                self._keep_order()
+            self.device.signal(relay.reset, (*(0 for _ in relay.reset[1:]), seq))
+            for link in relay.links:
+                link.send_step(message)
+            try:
+                result = run()
+            except BaseException:  # on a CPU, where `run` computes
+                self.device.signal((STEP,), (len(relay.steps),))
+                self._wait(relay.done, (seq,) * len(relay.done))
+                raise
+            self.wait(relay.done, seq)
+            return result
+
+    def wait_for_step(self, counters: Sequence[int], number: int) -> None:
+        """Wait until these workers have finished a step of the present replay."""
+        self._wait(counters, (number,) * len(counters))
 
     def changed_flags(self, links: Sequence[Link]) -> m.Flags | None:
         """The global settings, where one of these workers does not know them."""
@@ -210,7 +284,7 @@ class Coordinator:
         What was handed to that one stays with its link, whose work is the stand-in's. The new counter starts where the
         others may be: left at 0, it would seem to be ahead once the numbers are large.
         """
-        heir.done = next(self._counter_numbers)
+        heir.done, heir.progress = next(self._counter_numbers), next(self._counter_numbers)
         heir.last = self._sequence
         heir.since_s = time.monotonic()
         if self.device.kind == "cuda":
@@ -235,6 +309,15 @@ class Coordinator:
     def arena_bytes(self) -> int:
         """The memory of all slots, which lead and workers share."""
         return sum(chunk.handle.size_bytes for chunk in self._arena.chunks.values())
+
+    def stirs(self) -> tuple[int, ...]:
+        """Different from what it was if workers were lost, came back or were bound to other memory."""
+        watcher = self._watcher
+        return watcher.losses, watcher.taken_in, watcher.shortages, self._binds
+
+    def next_relay(self) -> int:
+        """A number for a relay."""
+        return next(self._relays)
 
     # ---- set-up of crossings
 
@@ -324,6 +407,8 @@ class Coordinator:
         statics = [m.Static(i, r, i in wants) for i, r in zip(share.static_inputs, refs, strict=True)]
         share.link.send(m.Bind(share.job, statics))
         share.link.unmap_exports(set(handles))
+        share.binds += 1
+        self._binds += 1
         share.chunks = tuple({ref.chunk for ref in refs})
         references = [weakref.ref(tensor) for tensor in tensors]
         share.statics = dict(zip(share.static_inputs, references, strict=True))
@@ -349,8 +434,12 @@ class Coordinator:
             forgotten[link].append((layout, job))
         for link, parts in forgotten.items():
             layouts, jobs = [layout for layout, _ in parts], [job for _, job in parts]
-            link.forget(layouts, jobs)
+            link.forget(layouts, jobs, ())
             self._standin.forget(layouts, jobs)
+        while self._discarded:
+            relay, links = self._discarded.popleft()
+            for link in links:
+                link.forget((), (), (relay,))
 
     def _level(self) -> None:
         """Lift the counters of idle workers: left too far behind, they would seem to be ahead."""
@@ -377,7 +466,8 @@ class Coordinator:
         counters = self._counters.handle
         ring = self._channel.ring_of(link.index)
         kind = self.device.kind
-        link.send(m.Start(m.PROTOCOL, kind, index, counters, SUBMITTED, link.done, threads, ring))
+        numbers = SUBMITTED, link.done, STEP, link.progress
+        link.send(m.Start(m.PROTOCOL, kind, index, counters, *numbers, threads, ring))
 
     # ---- the end
 

@@ -116,22 +116,18 @@ class TunedRecorder:
         self._recorder, self._thread = recorder, thread
 
     @property
-    def era(self) -> int:
+    def era(self) -> object:
         return self._recorder.era
-
-    @era.setter
-    def era(self, era: int) -> None:
-        self._recorder.era = era
 
     def make_room(self) -> None:
         self._recorder.make_room()
 
-    def record(self, function: Callable[[], Any]) -> Recording:
-        return self._thread.run(lambda: self._recorder.record(function))
+    def record(self, function: Callable[[], Any], forward: Recording | None = None) -> Recording:
+        return self._thread.run(lambda: self._recorder.record(function, forward))
 
 
 def tuned(
-    recorder: Recorder,
+    recorder: CudaRecorder | Repeater,
     device: torch.device,
     branches: Sequence[Laned],
     rest: Callable[[], None],

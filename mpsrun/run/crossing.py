@@ -18,6 +18,7 @@ from mpsrun.wire import messages as m
 if TYPE_CHECKING:
     from mpsrun.run.coordinator import Coordinator
     from mpsrun.run.link import Link
+    from mpsrun.run.relay import Relay
 
 
 @dataclass(eq=False)
@@ -26,7 +27,7 @@ class Share:
 
     args: by input of the program, the argument of the crossing. outputs: its outputs among those of the crossing.
     spans: where its random ops draw, counted from the region's start. pointers, statics: where the parameters and
-    buffers were when its worker was told, and which they are.
+    buffers were when its worker was told, and which they are; binds: how often it was told.
     """
 
     link: Link
@@ -38,6 +39,7 @@ class Share:
     outputs: range
     spans: tuple[int, ...] = ()
     pointers: list[int] | None = None
+    binds: int = 0
     chunks: tuple[int, ...] = ()
     statics: dict[int, weakref.ref[torch.Tensor]] = field(default_factory=dict)
 
@@ -152,7 +154,7 @@ class Crossing:
         return replace(
             self,
             shares=tuple(
-                replace(share, link=current[share.link.index - 1], pointers=None, chunks=(), statics={})
+                replace(share, link=current[share.link.index - 1], pointers=None, binds=0, chunks=(), statics={})
                 if share.link in stale
                 else share
                 for share in self.shares
@@ -203,6 +205,9 @@ class Invocation:
     """One execution of a crossing: its slot, and what is still under way in it.
 
     It lives as long as the autograd graph that may ask for its backward.
+
+    relay: where forward is a step of one, which is replayed in the same slot. backward_relay: set while backward is
+    one of the steps of that. noted: where a backward that is none leaves word of itself, if anywhere.
     """
 
     def __init__(self, crossing: Crossing, args: tuple[Any, ...]) -> None:
@@ -220,6 +225,9 @@ class Invocation:
         self.joined = False
         self.asked: tuple[Link, ...] = ()  # the workers that backward was handed out to
         self.random_start = 0
+        self.relay: Relay | None = None
+        self.backward_relay: Relay | None = None
+        self.noted: list[tuple[Invocation, Gathering]] | None = None
 
     def pending(self) -> list[tuple[int, int]]:
         return [] if self.joined or self.forward is None else [(done, self.sequence) for done in self.crossing.done]
@@ -242,7 +250,7 @@ class Invocation:
 
     def release_backward(self) -> None:
         backward, self.backward = self.backward, None
-        if backward is not None:
+        if backward is not None and backward.relay is None:
             self.crossing.owner.retire(backward.room, self.stream, backward.pending())
 
     def __del__(self) -> None:
@@ -253,12 +261,16 @@ class Invocation:
 
 @dataclass(eq=False)
 class BackwardWork:
-    """A backward under way: its slot, who does what, and the number that their counters will reach."""
+    """A backward under way: its slot, who does what, and the number that their counters will reach.
+
+    relay: whose slot it is, and whose step, if so.
+    """
 
     room: Room
     gathering: Gathering
     sequence: int
     done: bool = False
+    relay: Relay | None = None
 
     def pending(self) -> list[tuple[int, int]]:
         return [] if self.done else [(counter, self.sequence) for counter in self.gathering.done]

@@ -32,6 +32,15 @@ class Job:
     values: list[Any] = field(default_factory=list)
     unbound: str | None = None
 
+    def fixed(self) -> Job:
+        """The same job, which is not bound to anything else later; its leaves are its own.
+
+        Autograd has the gradient of a leaf end on the stream on which the leaf was first used.
+        """
+        job = Job(self.program, self.function, unbound=self.unbound)
+        job.bind({i: t.detach().requires_grad_(t.requires_grad) for i, t in self.statics.items()})
+        return job
+
     def bind(self, statics: dict[int, torch.Tensor]) -> None:
         """Use these tensors, by input index; a parameter that wants a gradient is a leaf with `requires_grad`."""
         self.statics, self.unbound = statics, None
@@ -76,20 +85,21 @@ class Executor:
         for job in jobs:
             self.jobs.pop(job, None)
 
-    def forward(self, message: Forward, write: bool = True) -> None:
+    def forward(self, message: Forward, write: bool = True, job: Job | None = None) -> None:
         """Compute a job's outputs and the new values of its buffers into the slot.
 
         `write=False` leaves the slot alone: a forward done again for its backward, when the outputs are in use.
+        job: that of the layout as it was `fixed`.
         """
         layout = self.layouts[message.layout]
+        job = job or self.jobs[layout.job]
         inputs = self._views(message.slot, layout, "inputs", layout.inputs)
         rng = message.rngs[layout.position] if message.rngs else None
-        outputs, leaves = self._compute(layout, inputs, message.state, rng)
+        outputs, leaves = self._compute(layout, job, inputs, message.state, rng)
         if layout.grad and any(output.requires_grad for output in outputs):
             self._saved[message.invocation, layout.job] = _Saved(leaves, outputs)
         if not write:
             return
-        job = self.jobs[layout.job]
         targets = self._views(message.slot, layout, "outputs", layout.outputs)
         results = [output.detach() for output in outputs]
         if layout.writes:
@@ -98,9 +108,8 @@ class Executor:
         copy_all(targets, results)
 
     def _compute(
-        self, layout: Prepare, inputs: Sequence[torch.Tensor], state: State, rng: Rng | None
+        self, layout: Prepare, job: Job, inputs: Sequence[torch.Tensor], state: State, rng: Rng | None
     ) -> tuple[Sequence[torch.Tensor], dict[int, torch.Tensor]]:
-        job = self.jobs[layout.job]
         if job.unbound is not None:
             raise MpsrunError(f"expected the parameters of job {layout.job}, found them gone: {job.unbound}")
         values = list(job.values)
@@ -166,7 +175,7 @@ class Executor:
     def warm_up(self, message: Prepare) -> None:
         """Run a layout once on zeros: loads kernels and fills the allocator before anybody waits for it."""
         inputs = [_zeros(place, self._device) for place in message.inputs]
-        outputs, leaves = self._compute(message, inputs, message.state, None)
+        outputs, leaves = self._compute(message, self.jobs[message.job], inputs, message.state, None)
         wanted = [leaves[place.index] for place in message.grad_inputs]
         differentiable = [output for output in outputs if output.requires_grad]
         if message.grad and wanted and differentiable:

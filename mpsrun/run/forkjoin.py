@@ -20,9 +20,9 @@ from mpsrun import log
 from mpsrun.errors import NotShippable
 from mpsrun.graph.program import build
 from mpsrun.graph.state import applied
-from mpsrun.run import philox
+from mpsrun.run import philox, relay
 from mpsrun.run import state as modes
-from mpsrun.run.crossing import BackwardWork, Crossing, Handed, Invocation, Share
+from mpsrun.run.crossing import BackwardWork, Crossing, Gathering, Handed, Invocation, Share
 from mpsrun.run.executor import copy_all
 from mpsrun.wire import messages as m
 
@@ -45,6 +45,10 @@ def fork(crossing: Crossing, args: tuple[Any, ...]) -> tuple[Invocation | _Here,
 
     Where one of the workers is missing, or has no memory for it, the region runs in the lead.
     """
+    steps = relay.current()
+    if steps is not None:
+        invocation = steps.invocation(crossing, args)
+        return invocation, _start(invocation, args)
     if crossing.is_open():
         invocation = Invocation(crossing, args)
         with crossing.owner.lock:
@@ -103,13 +107,17 @@ def _compute_here(crossing: Crossing, args: tuple[Any, ...]) -> _Here:
 
 def _publish(invocation: Invocation, args: Sequence[Any]) -> None:
     crossing, owner = invocation.crossing, invocation.crossing.owner
+    room = invocation.room
+    if room is None:
+        raise RuntimeError("mpsrun: an invocation without a slot")
+    targets, sources = crossing.tensors(room, "inputs"), [args[place.index] for place in crossing.inputs]
+    if invocation.relay is not None:
+        copy_all(targets, sources)
+        invocation.relay.release(crossing)
+        return
     with owner.lock:
         owner.check()
-        room = invocation.room
-        if room is None:
-            raise RuntimeError("mpsrun: an invocation without a slot")
-        targets = crossing.tensors(room, "inputs")
-        copy_all(targets, [args[place.index] for place in crossing.inputs])
+        copy_all(targets, sources)
         slot = m.Slot(room.chunk.id, room.offset_bytes)
         rngs, invocation.random_start = philox.reserve(crossing)
         invocation.sequence = seq = owner.next_sequence()
@@ -120,12 +128,18 @@ def _publish(invocation: Invocation, args: Sequence[Any]) -> None:
 
 
 def _take(invocation: Invocation) -> tuple[torch.Tensor, ...]:
-    """Wait for the outputs, commit the buffers, and give each output a tensor of its own."""
+    """Wait for the outputs, commit the buffers, and give each output a tensor of its own.
+
+    A relay has its slots to itself, and what leaves its graph is copied there.
+    """
     crossing, owner = invocation.crossing, invocation.crossing.owner
     room, args = invocation.room, invocation.args
     if room is None or args is None:
         raise RuntimeError("mpsrun: a Join without its Fork")
-    owner.wait(crossing.done, invocation.sequence)
+    if invocation.relay is not None:
+        invocation.relay.wait(crossing)
+    else:
+        owner.wait(crossing.done, invocation.sequence)
     invocation.joined = True
     if crossing.writes:
         fresh = crossing.tensors(room, "writes")
@@ -133,8 +147,10 @@ def _take(invocation: Invocation) -> tuple[torch.Tensor, ...]:
         targets = [args[arg].data if hidden else args[arg] for arg, _, hidden in crossing.writes]
         copy_all(targets, fresh)
     views = crossing.tensors(room, "outputs")
-    outputs = [torch.empty_like(v) if e else v.detach() for v, e in zip(views, crossing.escapes, strict=True)]
-    escaping = [i for i, escapes in enumerate(crossing.escapes) if escapes]
+    escaping = [i for i, escapes in enumerate(crossing.escapes) if escapes and invocation.relay is None]
+    outputs = [view.detach() for view in views]
+    for i in escaping:
+        outputs[i] = torch.empty_like(views[i])
     copy_all([outputs[i] for i in escaping], [views[i] for i in escaping])
     return tuple(outputs)
 
@@ -230,17 +246,23 @@ def _publish_gradients(invocation: Invocation, gradients: Sequence[torch.Tensor 
     crossing, owner = invocation.crossing, invocation.crossing.owner
     if invocation.room is None:
         raise RuntimeError(SECOND_BACKWARD)
-    owner.read_flags_in_backward()
-    keep = keeps_graph()
     gathering = crossing.gathering(tuple(gradient is not None for gradient in gradients))
     forward = invocation.forward
     if not gathering.links or forward is None:
         return
+    given = [g for g in gradients if g is not None]
+    if invocation.backward_relay is not None:
+        _release_gradients(invocation, invocation.backward_relay, gathering, given)
+        return
+    owner.read_flags_in_backward()
+    keep = keeps_graph()
+    if invocation.noted is not None:
+        invocation.noted.append((invocation, gathering))
     with owner.lock:
         invocation.release_backward()
         room = owner.take(crossing.backward_bytes)
         views = crossing.tensors(room, "grad_outputs")
-        copy_all([views[i] for i in gathering.outputs], [g for g in gradients if g is not None])
+        copy_all([views[i] for i in gathering.outputs], given)
         slot, seq = m.Slot(room.chunk.id, room.offset_bytes), owner.next_sequence()
         flags = owner.changed_flags(gathering.links)
         message = m.Backward(seq, invocation.id, crossing.layout, slot, gathering.tasks, keep, flags)
@@ -249,18 +271,33 @@ def _publish_gradients(invocation: Invocation, gradients: Sequence[torch.Tensor 
         owner.submit(crossing, gathering.links, message, forward)
 
 
-def _collect(invocation: Invocation, backward: BackwardWork) -> list[torch.Tensor | None]:
-    """The gradients of everything that Fork took, in memory that may be kept."""
+def _release_gradients(
+    invocation: Invocation, steps: relay.Relay, gathering: Gathering, given: Sequence[torch.Tensor]
+) -> None:
+    """The same as a step of a relay."""
     crossing = invocation.crossing
-    crossing.owner.wait(backward.gathering.done, backward.sequence)
+    room = steps.room(crossing, gathering)
+    views = crossing.tensors(room, "grad_outputs")
+    copy_all([views[i] for i in gathering.outputs], given)
+    invocation.backward = BackwardWork(room, gathering, 0, relay=steps)
+    steps.release(crossing)
+
+
+def _collect(invocation: Invocation, backward: BackwardWork) -> list[torch.Tensor | None]:
+    """The gradients of everything that Fork took, in memory that may be kept; in a relay, where they stand."""
+    crossing, copies = invocation.crossing, backward.relay is None
+    if backward.relay is not None:
+        backward.relay.wait(crossing)
+    else:
+        crossing.owner.wait(backward.gathering.done, backward.sequence)
     backward.done = True
     found: dict[int, torch.Tensor] = {}
     singles = crossing.tensors(backward.room, "singles")
     for arg, parts in backward.gathering.singles:
-        found[arg] = _sum([singles[k] for k in parts])
+        found[arg] = _sum([singles[k] for k in parts]) if copies or len(parts) > 1 else singles[parts[0]]
     wholes = crossing.tensors(backward.room, "flats")
     for flat, whole, wanted in zip(crossing.flats, wholes, backward.gathering.flats, strict=True):
-        parts = torch._utils._unflatten_dense_tensors(whole.clone(), flat.like)
+        parts = torch._utils._unflatten_dense_tensors(whole.clone() if copies else whole, flat.like)
         for k, arg in wanted:
             found[arg] = found[arg].add_(parts[k]) if arg in found else parts[k]
     invocation.release_backward()

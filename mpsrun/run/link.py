@@ -7,6 +7,8 @@ import select
 import signal
 import time
 from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from mpsrun.device import ChunkHandle
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 SEQUENCE_MASK = 0xFFFFFFFF
 SUBMITTED = 0  # the counter with the last sequence number that the lead's streams have released to the workers
+STEP = 1  # the counter with the last step of the present replay that the lead's stream has released
 
 
 class Work(NamedTuple):
@@ -34,6 +37,28 @@ class Work(NamedTuple):
         return self.message.seq
 
 
+@dataclass(eq=False)
+class Replayed:
+    """A replay of a relay, as one worker owes it: its steps, whose `seq` is the number of the step.
+
+    stood_in: the last step that somebody else has done.
+    """
+
+    message: m.Replay
+    steps: tuple[Work, ...]
+    since_s: float
+    stood_in: int = 0
+
+    @property
+    def seq(self) -> int:
+        return self.message.seq
+
+    def left(self, progress: int) -> tuple[Work, ...]:
+        """The steps that are not done; `progress`: the worker's counter."""
+        last = max(progress, self.stood_in)
+        return tuple(step for step in self.steps if step.seq > last)
+
+
 def reached(counter: int, value: int) -> bool:
     """Whether a 32-bit counter that wraps has come to a sequence number."""
     return (counter - value) & SEQUENCE_MASK < 0x80000000
@@ -44,12 +69,14 @@ class Link:
 
     States: *coming* (no Ready yet), *up* (started), *lost* (what it owes is the stand-in's). There is no way back:
     a process that takes its place, of the next `generation`, has a link of its own. `is_last`: none will.
-    `no_memory`: by layout, what the worker said where it had no memory for it.
+    `no_memory`: by layout, what the worker said where it had no memory for it. `recorded`: by relay, why it could not
+    be recorded, None where it was.
     """
 
-    def __init__(self, index: int, channel: LeadChannel, done: int, generation: int = 0) -> None:
+    def __init__(self, index: int, channel: LeadChannel, done: int, progress: int, generation: int = 0) -> None:
         self.index = index
         self.done = done  # the counter which says what this worker has done
+        self.progress = progress  # the counter with the last step of a replay that it has finished
         self.generation = generation
         self.pid: int | None = None
         self.started = False
@@ -59,8 +86,9 @@ class Link:
         self.since_s = self.lost_s = time.monotonic()
         self.prepared: set[int] = set()
         self.no_memory: dict[int, str] = {}
+        self.recorded: dict[int, str | None] = {}
         self.refused: set[int] = set()  # sequence numbers of work that the lead has to do
-        self.owed: deque[Work] = deque()
+        self.owed: deque[Work | Replayed] = deque()
         self.last = 0  # the sequence number of its latest work
         self.counts: m.Counts | None = None
         self._channel = channel
@@ -129,12 +157,12 @@ class Link:
         self._asked.pop(layout, None)
         self._moved_s = time.monotonic()
 
-    def remember(self, work: Work) -> None:
+    def remember(self, work: Work | Replayed) -> None:
         """Note what is owed from now on, whether it can be sent or not."""
         self.last = work.message.seq
         self.owed.append(work)
 
-    def send_step(self, message: m.Forward | m.Backward) -> None:
+    def send_step(self, message: m.Forward | m.Backward | m.Replay) -> None:
         """Send work that is remembered."""
         if self.lost is None:
             self._channel.send_step(self.index, message)
@@ -155,18 +183,24 @@ class Link:
             self._mapped.difference_update(gone)
             self.send(m.Unmap(gone))
 
-    def settle(self, done: int, submitted: int | None = None) -> None:
-        """Forget the work up to sequence number `done`.
+    def settle(self, counters: Sequence[int], streams: bool) -> None:
+        """Forget the work that is done.
 
-        The clock of the next one starts again where the worker got on, or where the lead's own stream has not come to
-        releasing it yet (it has come to `submitted`).
+        The clock of the next one starts again where the worker got on, or where the lead has not come to releasing it
+        yet; `streams`: whether work is released by a stream, and not before it is sent.
         """
         before = len(self.owed)
-        while self.owed and reached(done, self.owed[0].seq):
+        while self.owed and reached(counters[self.done], self.owed[0].seq):
             self.refused.discard(self.owed.popleft().seq)
-        held = submitted is not None and self.owed and not reached(submitted, self.owed[0].seq)
-        if len(self.owed) < before or held:
+        if len(self.owed) < before or (self.owed and self._is_held(self.owed[0], counters, streams)):
             self._moved_s = time.monotonic()
+
+    def _is_held(self, work: Work | Replayed, counters: Sequence[int], streams: bool) -> bool:
+        """Whether what the worker has to do next is not released yet."""
+        if isinstance(work, Work):
+            return streams and not reached(counters[SUBMITTED], work.seq)
+        left = work.left(counters[self.progress])
+        return not reached(counters[SUBMITTED], work.seq) or (bool(left) and counters[STEP] < left[0].seq)
 
     def stalled_s(self) -> float:
         """For how many seconds the worker has owed the same work."""
@@ -200,13 +234,15 @@ class Link:
         now_s = time.monotonic()
         return now_s - max(min([*self._asked.values()], default=now_s), self._moved_s)
 
-    def forget(self, layouts: list[int], jobs: list[int]) -> None:
+    def forget(self, layouts: Sequence[int], jobs: Sequence[int], relays: Sequence[int]) -> None:
         """Have the worker drop what will not be used again."""
         self.prepared.difference_update(layouts)
         for layout in layouts:
             self.no_memory.pop(layout, None)
             self._asked.pop(layout, None)
-        self.send(m.Forget(layouts, jobs))
+        for relay in relays:
+            self.recorded.pop(relay, None)
+        self.send(m.Forget([*layouts], [*jobs], [*relays]))
 
     def stop(self) -> None:
         """Have the worker end; a lost one too, if it is there at all."""

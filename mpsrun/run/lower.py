@@ -36,8 +36,10 @@ class Lowered:
         return frozenset(node for branch in self.region.branches for node in branch.nodes)
 
 
-def lower(gm: fx.GraphModule, effects: Effects, regions: Sequence[Lowered]) -> Callable[..., Any]:
-    """A function like `gm.forward` that runs these regions on their lanes.
+def lower(
+    gm: fx.GraphModule, effects: Effects, regions: Sequence[Lowered]
+) -> tuple[Callable[..., Any], Sequence[Strand]]:
+    """A function like `gm.forward` that runs these regions on their lanes, and the strands as it forks into them.
 
     Nodes keep the order of the program except where a region needs to be in one piece. Raises `NotShippable` where two
     regions cannot both be in one piece.
@@ -54,7 +56,7 @@ def lower(gm: fx.GraphModule, effects: Effects, regions: Sequence[Lowered]) -> C
             brackets.unwind()
             raise
 
-    return run if brackets.used else lowered.forward
+    return run if brackets.used else lowered.forward, emitter.strands
 
 
 class _Brackets:
@@ -128,6 +130,7 @@ class _Emitter:
         self._state: State | None = None
         self._lane = 0
         self._handles: list[fx.Node] = []
+        self.strands: list[Strand] = []
 
     def emit(self, source: fx.Graph) -> fx.Graph:
         body = []
@@ -197,6 +200,7 @@ class _Emitter:
             args = tuple(self._values[node] for node in strand.args)
             handles.append(self._graph.call_function(_forking(f"fork_{number}", strand), args))
         self._handles += handles
+        self.strands += strands
         sides = self._open_sides(lowered) if cut.sides else None
         random = cut.random if strands and strands[0].crossing.random_total else {}
         total = strands[0].crossing.random_total if strands else 0

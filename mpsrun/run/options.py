@@ -22,7 +22,7 @@ class Options:
     @property
     def forced(self) -> bool:
         """Whether every legal region leaves the lead's own stream, whether that pays or not."""
-        return self.lanes in ("workers", "streams", "captured")
+        return self.lanes in ("workers", "streams", "captured", "captured-workers")
 
     @classmethod
     def read(cls, options: Mapping[str, Any], mode: str | None) -> Options:

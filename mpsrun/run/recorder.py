@@ -31,13 +31,18 @@ class Recording(Protocol):
 class Recorder(Protocol):
     """Makes recordings on one device."""
 
-    era: int  # recordings of another era are not to be replayed
+    @property
+    def era(self) -> object:
+        """Recordings of another era are not to be replayed."""
 
     def make_room(self) -> None:
         """Before a recording. Raises `torch.OutOfMemoryError` where nothing would be left for other steps."""
 
-    def record(self, function: Function) -> Recording:
-        """Record what `function` submits, which is not computed yet. Raises whatever keeps it from being recorded."""
+    def record(self, function: Function, forward: Recording | None = None) -> Recording:
+        """Record what `function` submits, which is not computed yet. Raises whatever keeps it from being recorded.
+
+        forward: the recording whose backward it is, if it is one.
+        """
 
 
 class CudaRecorder:
@@ -66,7 +71,7 @@ class CudaRecorder:
                 f"a recording and a step beside it take {needed} MiB each, {free} MiB are free"
             )
 
-    def record(self, function: Function) -> Recording:
+    def record(self, function: Function, forward: Recording | None = None) -> Recording:  # noqa: ARG002
         """Other threads go on meanwhile: only what this one does must be fit for a graph."""
         if not self._alive:  # a pool ends with its last graph
             self._pool = torch.cuda.graph_pool_handle()
@@ -153,7 +158,7 @@ class Repeater:
     def make_room(self) -> None:
         """There is no pool."""
 
-    def record(self, function: Function) -> Recording:
+    def record(self, function: Function, forward: Recording | None = None) -> Recording:  # noqa: ARG002
         """Nothing is computed yet."""
         return _Repeated(function)
 
@@ -167,7 +172,7 @@ class _Repeated:
 
 
 @functools.cache
-def recorder(device: torch.device) -> Recorder:
+def recorder(device: torch.device) -> CudaRecorder | Repeater:
     """The recorder of a device."""
     return CudaRecorder(device) if device.type == "cuda" else Repeater()
 

@@ -27,7 +27,7 @@ from mpsrun.run.recorder import Recorder, Recording
 from mpsrun.wire.messages import Flags
 
 # What a recording was made under and cannot be changed afterwards; the era of the recorder.
-Settings = tuple[Flags, State, int]
+Settings = tuple[Flags, State, object]
 
 
 class Subject:
@@ -251,7 +251,7 @@ class Body:
 
     def _record_backward(self, present: tuple[int, ...]) -> Recording | None:
         try:
-            return self._recorder.record(lambda: self._gathered(present))
+            return self._recorder.record(lambda: self._gathered(present), self._forward)
         except RuntimeError as error:
             self.failed = error
             return None

@@ -117,7 +117,7 @@ def _maker(label: str, summary: report.Graph) -> Callable[[fx.GraphModule], Part
 
 
 def _forced() -> bool:
-    return config.current().lanes == "workers"
+    return config.current().lanes in ("workers", "captured-workers")
 
 
 def _plan(questions: Questions, workers: Sequence[int], kind: str) -> Assignment | Declined:

@@ -14,7 +14,14 @@ from mpsrun.device.shares import shares
 from mpsrun.graph.effects import Effects
 from mpsrun.graph.regions import Region
 from mpsrun.plan import memory
-from mpsrun.plan.candidates import Candidate, candidates, forced, forced_captured, forced_streams
+from mpsrun.plan.candidates import (
+    Candidate,
+    candidates,
+    forced,
+    forced_captured,
+    forced_captured_workers,
+    forced_streams,
+)
 from mpsrun.plan.cost import MACHINES, Costs
 from mpsrun.run import plans, report
 from mpsrun.run.coordinator import Coordinator
@@ -76,7 +83,8 @@ class Planner:
 
     @property
     def _may_capture(self) -> bool:
-        return self._options.lanes == "captured" or (self._kind == "cuda" and self._options.lanes == "auto")
+        forced = self._options.lanes in ("captured", "captured-workers")
+        return forced or (self._kind == "cuda" and self._options.lanes == "auto")
 
     @property
     def captures(self) -> bool:
@@ -104,11 +112,24 @@ class Planner:
         costs, workers = Costs(MACHINES[self._kind], branch_us or {}), list(workers)[: self._options.workers]
         if self._options.lanes == "captured" and self.captures:
             return (forced_captured(self._regions, costs),)
+        if self._options.lanes == "captured-workers" and self.captures:
+            return (forced_captured_workers(self._regions, workers, costs),)
         if self._options.lanes in ("streams", "captured"):
             return (forced_streams(self._regions, costs),)
         if self._options.forced:
             return (forced(self._regions, workers, costs),)
-        return candidates(self._regions, workers, costs, self.has_streams, self.captures, self.has_shares, self.tunes)
+        # Random numbers for a worker are not captured: it would be the uncaptured plan once more.
+        with_workers = self.captures and not self.subject.is_random
+        return candidates(
+            self._regions,
+            workers,
+            costs,
+            self.has_streams,
+            self.captures,
+            with_workers,
+            self.has_shares,
+            self.tunes,
+        )
 
     def special(self, owner: Coordinator | None, args: Sequence[Any], seen: Observation) -> Special:
         """The plans for the sizes of these arguments: one that is forced or pinned, or several to tune."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -14,8 +15,10 @@ from mpsrun.errors import MpsrunError
 from mpsrun.run import philox
 from mpsrun.run.crossing import Share
 from mpsrun.run.executor import Executor
-from mpsrun.run.link import Link, Work, reached
+from mpsrun.run.link import STEP, SUBMITTED, Link, Replayed, Work, reached
 from mpsrun.wire import messages as m
+
+Report = Callable[[Link, Work | Replayed, Exception], None]  # what the plain script would have raised
 
 
 class StandIn:
@@ -31,7 +34,7 @@ class StandIn:
         # Another priority is another hardware queue: not the one in which the lead's stream is held.
         self._stream = torch.cuda.Stream(priority=-1) if device.kind == "cuda" else None
 
-    def finish(self, link: Link, submitted: int | None, report: Callable[[Link, Work, Exception], None]) -> None:
+    def finish(self, link: Link, submitted: int | None, report: Report) -> None:
         """Do what this link owes, as far as the lead's stream has come (it has released the work up to `submitted`).
 
         Of a worker that is not lost this is what it refused to do, and has come to.
@@ -43,15 +46,40 @@ class StandIn:
             work = link.owed[0]
             if link.lost is None and work.seq not in link.refused:
                 return
-            with self._on_stream(), philox.undisturbed(self._device.kind):
-                try:
-                    self._do(work, work.crossing.share_of[link])
-                except Exception as error:  # noqa: BLE001 - it belongs to the script
-                    report(link, work, error)
-                    self._executor.spoil(work.message)
-                self._device.signal([link.done], [work.seq])
+            if isinstance(work, Replayed):
+                if not self._finish_replay(link, work, report):
+                    return
+                with self._on_stream():
+                    self._device.signal([link.done], [work.seq])
+            else:
+                self._compute(link, work, link.done, functools.partial(report, link, work))
             link.owed.popleft()
             link.refused.discard(work.seq)
+
+    def _finish_replay(self, link: Link, replay: Replayed, report: Report) -> bool:
+        """Do the steps of a replay that are released and not done; returns whether none is left."""
+        seen = self._device.read_counters(wait=True)
+        if seen is None or not reached(seen[SUBMITTED], replay.seq):
+            return False  # step and progress are still those of another replay
+        while True:
+            seen = self._device.read_counters(wait=True)
+            if seen is None:
+                return False
+            left = replay.left(seen[link.progress])
+            if not left or seen[STEP] < left[0].seq:
+                return not left
+            self._compute(link, left[0], link.progress, functools.partial(report, link, replay))
+            replay.stood_in = left[0].seq
+
+    def _compute(self, link: Link, work: Work, counter: int, failed: Callable[[Exception], None]) -> None:
+        """Do one piece of work, then set the counter that says so."""
+        with self._on_stream(), philox.undisturbed(self._device.kind):
+            try:
+                self._do(work, work.crossing.share_of[link])
+            except Exception as error:  # noqa: BLE001 - it belongs to the script
+                failed(error)
+                self._executor.spoil(work.message)
+            self._device.signal([counter], [work.seq])
 
     def warm_up(self) -> None:
         """Have this thread's libraries loaded before the lead's stream is ever held."""

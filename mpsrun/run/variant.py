@@ -25,6 +25,7 @@ from mpsrun.run.lower import Lowered, lower
 from mpsrun.run.observe import Observation
 from mpsrun.run.profile import Profiler
 from mpsrun.run.recorder import Recorder, recorder
+from mpsrun.run.relay_recorder import RelayRecorder
 from mpsrun.run.replay import Subject
 from mpsrun.run.specialize import Cutter, Strand
 
@@ -108,8 +109,7 @@ class Maker:
 
         Regions that cannot be cut or lowered stay in the lead, with the reason in the report.
         """
-        regions, run = self._lower(self._cut_all(plan, seen))
-        strands = [strand for lowered in regions for strand in lowered.cut.strands]
+        regions, run, strands = self._lower(self._cut_all(plan, seen))
         places = [[self._position.get(node) for node in strand.args] for strand in strands]
         try:
             for strand, own in zip(strands, places, strict=True):
@@ -119,14 +119,23 @@ class Maker:
             regions, run, strands, places = [], self._gm.forward, [], []
         reports = [self._summary.accept(r.region, r.assignment, r.cut.jobs) for r in regions]
         binding = Binding(strands, self._position)
-        captured = plan.captured and not strands
+        captured = plan.captured and not self._draws(strands)
         if captured:
-            run = Captured(self._subject, run, self._recorder(plan, regions, seen, args))
+            run = Captured(self._subject, run, self._recorder(plan, regions, strands, seen, args))
         return Variant(run, binding, strands, places, reports, not reports and not captured)
 
-    def _recorder(self, plan: Plan, regions: list[Lowered], seen: Observation, args: Sequence[Any]) -> Recorder:
+    def _recorder(
+        self,
+        plan: Plan,
+        regions: Sequence[Lowered],
+        strands: Sequence[Strand],
+        seen: Observation,
+        args: Sequence[Any],
+    ) -> Recorder:
         device = self._device(args)
         plainly = recorder(device)
+        if strands:
+            return RelayRecorder(plainly, strands)
         if not plan.tuned:
             return plainly
         profiler = Profiler(self._effects, seen, {node: args[i] for node, i in self._position.items()}, device.type)
@@ -138,6 +147,13 @@ class Maker:
             log.say(f"convolutions keep the algorithms that are fastest alone: {error}")
             return plainly
         return cotuning.tuned(plainly, device, branches, cotuning.whole(self._subject.plain, args), most_bytes)
+
+    def _draws(self, strands: Sequence[Strand]) -> bool:
+        """Whether a region on worker lanes draws random numbers: each call has others, and a recording constants."""
+        where = [strand.where for strand in strands if strand.crossing.random]
+        if where:
+            self._summary.note(f"it runs uncaptured: random numbers are drawn beside or in a worker ({where[0]})")
+        return bool(where)
 
     def _device(self, args: Sequence[Any]) -> torch.device:
         """The one of the graph's tensors: a graph of several is not captured."""
@@ -170,11 +186,12 @@ class Maker:
             self._summary.refuse(str(error), region.where)
             return None
 
-    def _lower(self, regions: list[Lowered]) -> tuple[list[Lowered], Callable[..., Any]]:
+    def _lower(self, regions: list[Lowered]) -> tuple[list[Lowered], Callable[..., Any], list[Strand]]:
         while regions:
             try:
-                return regions, lower(self._gm, self._effects, regions)
+                run, strands = lower(self._gm, self._effects, regions)
+                return regions, run, [*strands]
             except NotShippable as error:
                 self._summary.refuse(str(error), regions[-1].region.where)
                 regions = regions[:-1]
-        return [], self._gm.forward
+        return [], self._gm.forward, []

@@ -12,8 +12,7 @@ import psutil
 
 from mpsrun import log
 from mpsrun.config import STACKS_SIGNAL, Config
-from mpsrun.run.link import Link, Work
-from mpsrun.wire import messages as m
+from mpsrun.run.link import STEP, Link, Replayed, Work
 
 STACKS_S = 1.0  # for the workers to write their stacks
 _QUIET_S = 0.1  # after which a log that grew is taken for complete
@@ -57,6 +56,7 @@ def describe(link: Link, counters: Sequence[int] | None) -> str:
     found = [
         f"generation {link.generation}, {life}, the process is {_status(link.pid)}",
         f"counter {link.done} at {counters[link.done] if counters is not None else 'unknown'}, last work {link.last}",
+        *(_step(link, owed[0], counters) if owed and counters is not None else ()),
         f"owes {_works(owed)}" + (f", the first for {link.stalled_s():.1f} s" if owed else ""),
     ]
     if link.preparing:
@@ -66,6 +66,13 @@ def describe(link: Link, counters: Sequence[int] | None) -> str:
         found.append(f"had no memory for {sorted(link.refused)}")
     found.append(f"{link.unread_bytes()} bytes unread in its ring")
     return f"worker {link.index} (pid {link.pid}): {'; '.join(found)}"
+
+
+def _step(link: Link, work: Work | Replayed, counters: Sequence[int]) -> Sequence[str]:
+    """How far a replay is."""
+    if isinstance(work, Work):
+        return ()
+    return (f"step {counters[link.progress]} of {counters[STEP]} that are released",)
 
 
 def own_stacks() -> str:
@@ -94,8 +101,8 @@ def _stacks_of_workers(settings: Config, links: Sequence[Link]) -> dict[int, str
     return {index: _after(logs[index], before[index]) or "(it wrote none)" for index in asked}
 
 
-def _works(owed: Sequence[Work]) -> str:
-    names = [f"{'forward' if isinstance(w.message, m.Forward) else 'backward'} {w.seq}" for w in owed[:_MOST_OWED]]
+def _works(owed: Sequence[Work | Replayed]) -> str:
+    names = [f"{type(work.message).__name__.lower()} {work.seq}" for work in owed[:_MOST_OWED]]
     more = f" and {len(owed) - _MOST_OWED} more" if len(owed) > _MOST_OWED else ""
     return (", ".join(names) or "nothing") + more
 

@@ -15,7 +15,7 @@ from mpsrun.device import Device
 from mpsrun.errors import MpsrunError, WorkerError
 from mpsrun.launch.workers import BACK_OFF_S
 from mpsrun.run import watchdog
-from mpsrun.run.link import SUBMITTED, Link, Work
+from mpsrun.run.link import SUBMITTED, Link, Replayed, Work
 from mpsrun.run.standin import StandIn
 from mpsrun.wire import messages as m
 from mpsrun.wire.channel import LeadChannel
@@ -31,7 +31,8 @@ class Watcher:
 
     end_worker: ends a process and returns when it is gone. when_started: called once, in a thread of its own, when all
     workers are there or lost. describe: the coordinator's state in one line. `changed` is notified after each report.
-    `epoch` counts the workers lost for good, `taken_in` those that came back, `shortages` the reports of no memory.
+    `epoch` counts the workers lost for good, `losses` all that were, `taken_in` those that came back, `shortages` the
+    reports of no memory.
     `heirs`: by index, those that were started again and wait to be taken in.
     """
 
@@ -47,7 +48,7 @@ class Watcher:
         describe: Callable[[], str],
     ) -> None:
         self.changed = threading.Condition()
-        self.epoch = self.taken_in = self.shortages = 0
+        self.epoch = self.losses = self.taken_in = self.shortages = 0
         self.heirs: dict[int, Link] = {}
         self._settings = settings
         self._device = device
@@ -137,6 +138,8 @@ class Watcher:
                     log.say(f"worker {link.index} is back (pid {link.pid})")
             case m.Prepared():
                 link.has_prepared(message.layout)
+            case m.Recorded():
+                link.recorded[message.relay] = message.reason
             case m.NoMemory():
                 link.lacks_memory(message)
                 self.shortages += 1
@@ -162,7 +165,7 @@ class Watcher:
         expected = earlier is None or (earlier.exited() and earlier.generation < ready.generation)
         if link.lost is None or link.is_last or not expected:
             raise MpsrunError(f"worker {link.index}: expected nobody in its place, found process {ready.pid}")
-        heir = Link(link.index, self._channel, link.done, ready.generation)
+        heir = Link(link.index, self._channel, link.done, link.progress, ready.generation)
         heir.ready(ready)
         if self._device.is_sound(SOUND_S):
             self.heirs[link.index] = heir
@@ -179,8 +182,7 @@ class Watcher:
             return
         for link in self._links:
             if link.lost is None:
-                submitted = None if self._device.kind == "cpu" else counters[SUBMITTED]
-                link.settle(counters[link.done], submitted)
+                link.settle(counters, self._device.kind == "cuda")
 
     def _examine(self, link: Link) -> None:
         if link.lost is not None:
@@ -238,6 +240,7 @@ class Watcher:
         link.lost_s = time.monotonic()
         link.is_last = link.generation >= self._settings.worker_restarts
         link.lost = reason  # without the coordinator's lock, whose holder may be waiting for this very worker
+        self.losses += 1
         outlook = "it is started again, and until then its work is done here"
         if link.is_last:
             self.epoch += 1
@@ -259,13 +262,13 @@ class Watcher:
         """Have the stand-in do what a worker does not do; what it had done before must not be done again."""
         counters = self._device.read_counters(wait=True)
         if counters is not None:
-            link.settle(counters[link.done])
+            link.settle(counters, self._device.kind == "cuda")
         elif self._device.kind == "cuda":
             return
         submitted = None if counters is None or self._device.kind == "cpu" else counters[SUBMITTED]
         self._standin.finish(link, submitted, self._fail_work)
 
-    def _fail_work(self, link: Link, work: Work, error: Exception) -> None:
+    def _fail_work(self, link: Link, work: Work | Replayed, error: Exception) -> None:
         """Have whoever waits for this work raise; on a GPU nobody does, so that the next crossing raises."""
         if self._device.kind == "cpu":
             self._failures[link.done, work.seq] = error

@@ -6,6 +6,8 @@ import collections
 import gc
 import os
 import traceback
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -15,7 +17,8 @@ from mpsrun.device import Chunk, ChunkHandle, Device, open_device, typed_view
 from mpsrun.errors import MemoryGone, MpsrunError
 from mpsrun.graph.program import validate
 from mpsrun.launch.error_file import leave_error
-from mpsrun.run.executor import Executor
+from mpsrun.run.executor import Executor, Job
+from mpsrun.run.recorder import Recording, recorder
 from mpsrun.run.state import apply_flags, flags
 from mpsrun.wire import messages as m
 from mpsrun.wire.channel import WorkerChannel
@@ -25,6 +28,14 @@ POLL_S = 1.0
 NO_MEMORY = ("CUDA error: out of memory", "STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
 SPIN_S = 0.002  # longer than what lies between two messages of one step
 FOREVER_S = 1e9  # a GPU-side wait; the watchdog of the lead ends it
+
+
+class _Relay(NamedTuple):
+    """A worker's part of a relay; jobs: by layout, those whose memory the recording uses, and keeps by this."""
+
+    steps: Sequence[m.Forward | m.Backward]
+    recording: Recording
+    jobs: Mapping[int, Job]
 
 
 class Worker:
@@ -38,7 +49,8 @@ class Worker:
         self._executor: Executor | None = None
         self._chunks: dict[int, Chunk] = {}
         self._gone: dict[int, str] = {}  # chunks that could not be mapped, and why
-        self._submitted = self._done = 0
+        self._submitted = self._done = self._step_counter = self._progress = 0
+        self._relays: dict[int, _Relay] = {}
         self._spin_s = 0.0
         self._forwards: collections.Counter[int] = collections.Counter()
         self._backwards: collections.Counter[int] = collections.Counter()
@@ -63,13 +75,13 @@ class Worker:
         match message:
             case m.Forward() | m.Backward():
                 self._step(message)
+            case m.Record() | m.Replay():
+                self._relay(message)
             case m.Drop():
                 self._given_up.difference_update(message.invocations)
                 self.executor.drop(message.invocations)
-            case m.Map():
-                self._open(message.chunk)
-            case m.Unmap():
-                self._unmap(message.chunks)
+            case m.Map() | m.Unmap():
+                self._remap(message)
             case m.Load():
                 validate(message.program)
                 self.executor.load(message.job, message.program)
@@ -78,7 +90,7 @@ class Worker:
             case m.Prepare():
                 self._prepare(message)
             case m.Forget():
-                self.executor.forget(message.layouts, message.jobs)
+                self._forget(message)
             case m.Trim():
                 torch.cuda.empty_cache()  # does nothing without CUDA
             case m.Count():
@@ -106,6 +118,7 @@ class Worker:
         self._device.bind_counters(self._map(message.counters))
         self._executor = Executor(self._device, self._chunks.__getitem__)
         self._submitted, self._done = message.submitted, message.done
+        self._step_counter, self._progress = message.step, message.progress
         self._spin_s = SPIN_S if message.threads > 1 else 0.0
         self.channel.send(m.Started(self.index, self.generation))
 
@@ -116,6 +129,12 @@ class Worker:
     def _map(self, handle: ChunkHandle) -> Chunk:
         chunk = self._chunks[handle.id] = self.device.open_chunk(handle)
         return chunk
+
+    def _remap(self, message: m.Map | m.Unmap) -> None:
+        if isinstance(message, m.Map):
+            self._open(message.chunk)
+        else:
+            self._unmap(message.chunks)
 
     def _open(self, handle: ChunkHandle) -> None:
         """Map memory, unless it is gone again: the lead, which is ahead, may have dropped the network since."""
@@ -175,6 +194,58 @@ class Worker:
             self.device.wait([self._done], [message.seq], FOREVER_S)
         else:
             self.device.signal([self._done], [message.seq])
+
+    def _forget(self, message: m.Forget) -> None:
+        self.executor.forget(message.layouts, message.jobs)
+        for relay in message.relays:
+            self._relays.pop(relay, None)
+
+    def _relay(self, message: m.Record | m.Replay) -> None:
+        if isinstance(message, m.Record):
+            self._record(message)
+        else:
+            self._replay(message)
+
+    def _record(self, message: m.Record) -> None:
+        """Record a relay. Where that cannot be, nothing has changed."""
+        apply_flags(message.flags)
+        reason = None
+        try:
+            self._relays[message.relay] = self._recorded(message)
+        except RuntimeError as error:
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        self.channel.send(m.Recorded(self.index, message.relay, reason, self.generation))
+
+    def _recorded(self, message: m.Record) -> _Relay:
+        where = torch.device("cuda", self.device.index) if self.device.kind == "cuda" else torch.device("cpu")  # type: ignore[attr-defined]
+        maker = recorder(where)
+        maker.make_room()
+        forwards = [step for step in message.steps if isinstance(step, m.Forward)]
+        jobs = {s.layout: self.executor.jobs[self.executor.layouts[s.layout].job].fixed() for s in forwards}
+
+        def run() -> None:
+            for step in message.steps:
+                self.device.wait([self._step_counter], [step.seq], FOREVER_S)
+                with self.device.share(*self.executor.layouts[step.layout].share):
+                    if isinstance(step, m.Forward):
+                        self.executor.forward(step, job=jobs[step.layout])
+                    else:
+                        self.executor.backward(step)
+                self.device.signal([self._progress], [step.seq])
+
+        return _Relay(message.steps, maker.record(run), jobs)
+
+    def _replay(self, message: m.Replay) -> None:
+        """On a GPU this only queues a wait, a graph, and a signal."""
+        apply_flags(message.flags)
+        relay = self._relays[message.relay]
+        if self.device.kind == "cuda":
+            self.device.wait([self._submitted], [message.seq], FOREVER_S)
+        relay.recording.replay()
+        for step in relay.steps:
+            done = self._forwards if isinstance(step, m.Forward) else self._backwards
+            done[self.executor.layouts[step.layout].job] += 1
+        self.device.signal([self._done], [message.seq])
 
     def _compute(self, message: m.Forward | m.Backward) -> None:
         job = self.executor.layouts[message.layout].job

@@ -50,7 +50,11 @@ class Place(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Start(msgspec.Struct, frozen=True, tag=True):
-    """Take this device; `submitted` is the lead's counter, `done` its own, `ring` is where later messages come."""
+    """Take this device; `ring` is where later messages come.
+
+    Counters: `submitted` and `step` are the lead's, `done` and `progress` the worker's own. The last step of a replay
+    that is released, and the last one that is finished, start at 0 in each replay.
+    """
 
     protocol: int
     device: str
@@ -58,6 +62,8 @@ class Start(msgspec.Struct, frozen=True, tag=True):
     counters: ChunkHandle
     submitted: int
     done: int
+    step: int
+    progress: int
     threads: int
     ring: str
 
@@ -118,10 +124,11 @@ class Prepare(msgspec.Struct, frozen=True, tag=True):
 
 
 class Forget(msgspec.Struct, frozen=True, tag=True):
-    """Layouts and jobs that will not be used again."""
+    """Layouts, jobs and relays that will not be used again."""
 
     layouts: list[int]
     jobs: list[int]
+    relays: list[int] = []
 
 
 class Forward(msgspec.Struct, frozen=True, tag=True):
@@ -158,6 +165,25 @@ class Backward(msgspec.Struct, frozen=True, tag=True):
     flags: Flags | None
 
 
+class Record(msgspec.Struct, frozen=True, tag=True):
+    """Record a relay, which is computed in each `Replay` of it; to be answered by `Recorded`.
+
+    steps: this worker's, in order; their `seq` is the number of the step.
+    """
+
+    relay: int
+    steps: list[Forward | Backward]
+    flags: Flags
+
+
+class Replay(msgspec.Struct, frozen=True, tag=True):
+    """Run a relay once more. `flags` only where they changed for one of the workers."""
+
+    seq: int
+    relay: int
+    flags: Flags | None
+
+
 class Drop(msgspec.Struct, frozen=True, tag=True):
     """Invocations whose backward will not come."""
 
@@ -177,7 +203,8 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
 
 
 ToWorker = (
-    Start | Map | Unmap | Load | Bind | Prepare | Forget | Forward | Backward | Drop | Trim | Count | Stop
+    Start | Map | Unmap | Load | Bind | Prepare | Forget | Forward | Backward | Drop | Record | Replay | Trim | Count
+    | Stop
 )  # fmt: skip
 
 
@@ -202,6 +229,15 @@ class Prepared(msgspec.Struct, frozen=True, tag=True):
 
     worker: int
     layout: int
+    generation: int = 0
+
+
+class Recorded(msgspec.Struct, frozen=True, tag=True):
+    """A relay can be replayed from now on, or why it cannot be."""
+
+    worker: int
+    relay: int
+    reason: str | None
     generation: int = 0
 
 
@@ -240,4 +276,4 @@ class Counts(msgspec.Struct, frozen=True, tag=True):
     generation: int = 0
 
 
-ToLead = Ready | Started | Prepared | NoMemory | Failed | Counts
+ToLead = Ready | Started | Prepared | Recorded | NoMemory | Failed | Counts

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mpsrun.device import ChunkHandle, CpuDevice, TensorRef, typed_view
+from mpsrun.device.base import COUNTER_BYTES
 
 READER = """
 import sys, torch
@@ -28,7 +29,7 @@ for turn in range(1, 51):
 
 def device() -> CpuDevice:
     made = CpuDevice()
-    made.bind_counters(made.new_chunk(4096))
+    made.bind_counters(made.new_chunk(COUNTER_BYTES))
     return made
 
 
@@ -38,7 +39,7 @@ def as_argument(handle: ChunkHandle) -> str:
 
 def test_two_processes_take_turns() -> None:
     lead = CpuDevice()
-    counters, chunk = lead.new_chunk(4096), lead.new_chunk(4096)
+    counters, chunk = lead.new_chunk(COUNTER_BYTES), lead.new_chunk(4096)
     lead.bind_counters(counters)
     tensor = typed_view(chunk, TensorRef(chunk.id, 0, (4,), (1,), "float32"))
     command = [sys.executable, "-c", READER, as_argument(counters.handle), as_argument(chunk.handle)]

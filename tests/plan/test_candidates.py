@@ -37,6 +37,15 @@ def test_towers() -> None:
     assert found["serial"].predicted_us == 12_000
 
 
+def test_captured_workers_are_one_of_at_most_six() -> None:
+    found = by_name(candidates([region(100, 100, 100, 100)], [1, 2, 3], COSTS, True, True, captures_workers=True))
+    assert len(found) == MAX_CANDIDATES
+    assert found["captured workers"].plan == Plan({0: Assignment((0, 1, 2, 3))}, captured=True)
+    assert Plan.parse(str(found["captured workers"].plan)) == found["captured workers"].plan
+    assert "captured workers" not in by_name(candidates([region(100, 100)], [1], COSTS, True, captures=True))
+    assert "captured workers" not in by_name(candidates([region(100, 100)], [], COSTS, True, True, True))
+
+
 def test_a_graph_that_can_be_captured_is_tried_with_and_without_streams() -> None:
     found = by_name(candidates([region(100, 100, 100, 100)], [], COSTS, has_streams=True, captures=True))
     assert found["captured"].plan == Plan({0: Declined("captured as it is")}, captured=True)

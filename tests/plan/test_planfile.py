@@ -116,3 +116,17 @@ def test_shares_need_a_device_that_has_them() -> None:
     plan = Plan({0: Assignment((0, -1), (100, 50))})
     assert fits(plan, [region(1, 1)], 0) is None
     assert "a share of the multiprocessors" in (fits(plan, [region(1, 1)], 0, has_shares=False) or "")
+
+
+def test_a_captured_plan_has_workers_or_side_streams() -> None:
+    for lanes in ((0, 1), (0, -1)):
+        assert fits(Plan({0: Assignment(lanes)}, captured=True), [region(1, 1)], 1) is None
+    both = Plan({0: Assignment((1, -1))}, captured=True)
+    assert (
+        fits(both, [region(1, 1)], 1)
+        == "it is captured and uses both workers and stream 1, which cannot be; use one of them"
+    )
+    assert (
+        fits(both, [region(1, 1)], 1, captures=False)
+        == "it is captured, which this graph cannot be here (--verbose says why)"
+    )

@@ -19,6 +19,7 @@ from transparency import TOLERANCE, on_lanes
 
 from mpsrun.config import Config
 from mpsrun.device import ChunkHandle, CpuDevice, TensorRef
+from mpsrun.device.base import COUNTER_BYTES
 from mpsrun.errors import MpsrunError
 from mpsrun.graph.program import Input, Op, Program, Ref, State
 from mpsrun.run.coordinator import Coordinator
@@ -94,7 +95,11 @@ HOSTILE: dict[str, m.ToWorker] = {
     "reference out of range": m.Load(10**6, program("torch.add", Ref(7), Ref(0))),
     "binding outside a chunk": m.Bind(10**6, [m.Static(0, TensorRef(0, 1 << 40, (4,), (1,), "float32"), False)]),
     "dtype that is code": m.Bind(10**6, [m.Static(0, TensorRef(0, 0, (4,), (1,), "load"), False)]),
-    "second start": m.Start(m.PROTOCOL + 1, "cpu", 0, ChunkHandle(0, 4096, b"/dev/zero"), 0, 1, 1, "/dev/zero"),
+    "record of what is not known": m.Record(
+        1, [m.Forward(1, 1, 10**6, m.Slot(10**6, 0), State(), None, ())], m.Flags(())
+    ),
+    "replay of what was not recorded": m.Replay(1, 10**6, None),
+    "second start": m.Start(m.PROTOCOL + 1, "cpu", 0, ChunkHandle(0, 4096, b"/dev/zero"), 0, 1, 2, 3, 1, ""),
 }
 
 
@@ -141,8 +146,8 @@ def test_refused_by_a_worker(name: str) -> None:
     """What can be read and must not be done raises, before any of it is done."""
     worker = Worker(1, Silent())  # type: ignore[arg-type]
     lead = CpuDevice()
-    counters = lead.new_chunk(4096)
-    worker._handle(m.Start(m.PROTOCOL, "cpu", 0, counters.handle, 0, 1, 1, ""))
+    counters = lead.new_chunk(COUNTER_BYTES)
+    worker._handle(m.Start(m.PROTOCOL, "cpu", 0, counters.handle, 0, 1, 2, 3, 1, ""))
     worker._handle(m.Load(1, program("torch.add", Ref(0), Ref(0))))
     with pytest.raises((MpsrunError, ValueError, KeyError, OSError, OverflowError)):
         worker._handle(HOSTILE[name])

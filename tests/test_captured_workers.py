@@ -1,0 +1,337 @@
+"""Captured worker lanes: all that lead and workers do for a replay. On a CPU it computes anew, in each of them."""
+
+import copy
+import dataclasses
+import gc
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from captures import noted, on_captured_workers
+from networks import SMALL, GoogLeNet, Three, images, why_not_here
+from torch import Tensor, nn
+from transparency import TOLERANCE, assert_executed, assert_same, moved, trained
+
+from mpsrun import config
+from mpsrun.errors import NotShippable
+from mpsrun.plan.planfile import PlanFile
+from mpsrun.run import backend, captured, plans, report
+from mpsrun.run.captured import Captured
+from mpsrun.run.coordinator import Coordinator
+from mpsrun.run.crossing import Crossing
+from mpsrun.run.link import STEP
+from mpsrun.run.relay import Relay
+from mpsrun.run.special import Planner
+
+
+@pytest.fixture
+def made(workers: Coordinator, nothing_kept: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Captured]]:
+    """All captured graphs of a test."""
+    report.graphs.clear()
+    found = noted(monkeypatch)
+    yield found
+    found.clear()
+
+
+class Pair:
+    """The same network plain and on captured worker lanes, the latter past its first calls."""
+
+    def __init__(self, make: Callable[[], nn.Module] = lambda: Three(8)) -> None:
+        torch.manual_seed(0)
+        self.plain = make().double()
+        self.fast = on_captured_workers(copy.deepcopy(self.plain), 2)
+        for _ in range(4):
+            self.both(step)
+
+    def both(self, use: Callable[[nn.Module], object]) -> None:
+        """Do the same with both and compare what it returns, all gradients and all buffers."""
+        seen = []
+        for model in (self.plain, self.fast):
+            torch.manual_seed(1)
+            result = use(model)
+            results = [result] if isinstance(result, Tensor) else list(result or ())  # type: ignore[call-overload]
+            found = {f"result {i}": value for i, value in enumerate(results)}
+            found |= {f"gradient of {n}": p.grad for n, p in model.named_parameters()}
+            seen.append(found | model.state_dict())
+        assert_same(seen[1], seen[0], "", TOLERANCE)
+
+
+def inputs(seed: int = 1) -> Tensor:
+    return torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def step(model: nn.Module) -> Tensor:
+    model.zero_grad()
+    output = model(inputs())
+    output.square().sum().backward()
+    return output
+
+
+@pytest.mark.parametrize("name", [name for name, case in SMALL.items() if case.regions])
+def test_small_networks(made: list[Captured], name: str) -> None:
+    if reason := why_not_here(name):
+        pytest.skip(reason)
+    case = SMALL[name]
+    torch.manual_seed(0)
+    plain = trained(case.model().double())
+    fast = trained(on_captured_workers(copy.deepcopy(plain.model), 3))
+    with torch._dynamo.config.patch(allow_rnn=True):
+        for number in range(5):
+            given = tuple(moved(x, "cpu", torch.float64) for x in case.inputs())
+            assert_same(fast.step(given, number), plain.step(given, number), f"step {number}", TOLERANCE)
+    assert [graph.replays for graph in made] == [3]
+    (graph,) = report.graphs
+    if not case.forward_only:  # of regions that are cut in another way
+        assert_executed(graph, 4, 4)
+
+
+def test_one_message_for_all_regions(made: list[Captured], workers: Coordinator) -> None:
+    """A worker has one sequence number for a forward through nine regions, and one for the backward."""
+    fast = trained(on_captured_workers(GoogLeNet().double(), 1))
+    for number in range(5):
+        given = tuple(moved(x, "cpu", torch.float64) for x in images())
+        before = workers._sequence
+        fast.step(given, number)
+    assert workers._sequence == before + 2
+    counters = workers.device.read_counters(wait=True)
+    assert counters is not None
+    assert (counters[STEP], counters[workers.links[0].progress]) == (9, 9)
+
+
+def test_several_forwards_before_a_backward(made: list[Captured]) -> None:
+    """The second one crosses uncaptured, in slots of its own."""
+
+    def siamese(model: nn.Module) -> Tensor:
+        first, second = model(inputs(2)), model(inputs(3))
+        (first * second).sum().backward()
+        return first
+
+    pair = Pair()
+    before = made[0].replays
+    pair.both(siamese)
+    assert made[0].replays == before + 1
+
+
+def test_kept_graphs(made: list[Captured]) -> None:
+    def kept(model: nn.Module) -> Tensor:
+        first = model(inputs(2))
+        first.sum().backward(retain_graph=True)
+        model(inputs(3)).sum().backward()
+        first.square().sum().backward()
+        return first
+
+    Pair().both(kept)
+
+
+def test_gradients_of_inputs_and_of_gradients(made: list[Captured]) -> None:
+    def penalty(model: nn.Module) -> list[Tensor | None]:
+        x = inputs().requires_grad_()
+        (first,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        first.norm().backward()
+        return [first.detach(), x.grad]
+
+    Pair().both(penalty)
+
+
+def test_outputs_and_gradients_stay_valid(made: list[Captured]) -> None:
+    def keep(model: nn.Module) -> list[Tensor]:
+        found = []
+        for seed in range(3):
+            model.zero_grad()
+            output = model(inputs(seed))
+            output.sum().backward()
+            found += [output.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+        return found
+
+    Pair().both(keep)
+
+
+def test_evaluation_between_steps(made: list[Captured]) -> None:
+    def evaluate(model: nn.Module) -> list[Tensor]:
+        found = []
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                found += [model(inputs(seed)).clone() for seed in range(4)]
+        return [*found, step(model)]
+
+    Pair().both(evaluate)
+    assert [graph.replays for graph in made] == [3, 2, 2]
+
+
+def test_part_of_the_gradients(made: list[Captured]) -> None:
+    """Each combination of outputs has a backward of its own."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = Three(8), Three(8)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.left(x), self.right(x)
+
+    def use(model: nn.Module) -> list[Tensor]:
+        found = []
+        for pick in ((0, 1), (0,), (1,), (0, 1), (1,), (0,), (1,)):
+            model.zero_grad()
+            outputs = model(inputs())
+            sum(outputs[i].square().sum() for i in pick).backward()  # type: ignore[union-attr]
+            found += [p.grad for p in model.parameters() if p.grad is not None]
+        return found
+
+    torch.manual_seed(0)
+    plain = Two().double()
+    fast = on_captured_workers(copy.deepcopy(plain), 3)
+    for found, wanted in zip(use(fast), use(plain), strict=True):
+        torch.testing.assert_close(found, wanted, **TOLERANCE)
+    assert made[0].replays == 5
+
+
+def test_parameters_that_move(made: list[Captured]) -> None:
+    """What the workers are bound to is part of a recording."""
+
+    def move(model: nn.Module) -> Tensor:
+        for p in model.parameters():
+            p.data = p.data.clone() * 2
+        return step(model)
+
+    pair = Pair()
+    for _ in range(captured.MOST_RECORDINGS):
+        pair.both(move)
+        pair.both(step)
+        pair.both(step)
+    before = made[0].replays
+    pair.both(step)
+    assert before < 3 + 2 * captured.MOST_RECORDINGS, "after so many moves it is not recorded again"
+
+
+def test_settings_are_followed(made: list[Captured]) -> None:
+    pair = Pair()
+    before = made[0].replays
+    with torch.backends.mkldnn.flags(enabled=False):
+        pair.both(step)
+        assert made[0].replays == before, "the first call under other settings runs as it is"
+        pair.both(step)
+        assert made[0].replays == before + 1
+
+
+def test_a_lead_that_raises_leaves_nobody_waiting(made: list[Captured], monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair()
+    release = Relay.release
+
+    def raising(self: Relay, crossing: Crossing) -> None:
+        monkeypatch.undo()
+        raise RuntimeError("planted: an error in the middle of a replay")
+
+    for _ in range(2):
+        monkeypatch.setattr(Relay, "release", raising)
+        with pytest.raises(RuntimeError, match="planted"):
+            step(pair.fast)
+        assert Relay.release is release
+        pair.both(step)
+
+
+def test_what_a_worker_cannot_record_runs_uncaptured(
+    made: list[Captured], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refusing(self: Coordinator, relay: Relay) -> None:
+        raise NotShippable("in worker 1: planted")
+
+    monkeypatch.setattr(Coordinator, "wait_recorded", refusing)
+    Pair()
+    assert made[0].replays == 0
+    assert "cannot be captured, it runs uncaptured (NotShippable: in worker 1: planted)" in capfd.readouterr().err
+
+
+def test_a_backward_that_cannot_be_recorded(
+    made: list[Captured], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It crosses uncaptured, from the activations of the recorded forward."""
+    monkeypatch.setattr(Relay, "room", lambda *_: pytest.fail("not asked for"))
+    wait = Coordinator.wait_recorded
+
+    def refusing(self: Coordinator, relay: Relay) -> None:
+        wait(self, relay)
+        if relay.steps[0].gathering is not None:
+            raise NotShippable("in worker 1: planted")
+
+    monkeypatch.setattr(Coordinator, "wait_recorded", refusing)
+    pair = Pair()
+    pair.both(step)
+    assert made[0].replays == 3
+    assert capfd.readouterr().err.count("a backward pass cannot be captured") == 1
+
+
+def test_a_dropped_network_is_forgotten_by_the_workers(made: list[Captured], workers: Coordinator) -> None:
+    with workers.lock:
+        workers._tidy()
+    before = workers.counts()[1]
+    pair = Pair()
+    made.clear()
+    del pair
+    torch._dynamo.reset()
+    gc.collect()
+    with workers.lock:
+        workers._tidy()
+    after = workers.counts()[1]
+    assert (after.jobs, after.kept) == (before.jobs, before.kept)
+    assert not workers.links[0].recorded
+
+
+def test_a_plan_is_pinned(made: list[Captured], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "plan"
+    settings = dataclasses.replace(config.current(), save_plan=path)
+    monkeypatch.setattr(config, "current", lambda: settings)
+    monkeypatch.setattr(plans, "_saved", PlanFile())
+    fast = on_captured_workers(Three(8).double(), 2)
+    for _ in range(2):
+        fast(inputs()).sum().backward()
+    plans._write(os.getpid())
+    text = path.read_text()
+    assert "captured\nregion 0: " in text
+    assert "worker 1" in text
+    settings = dataclasses.replace(config.current(), save_plan=None, plan=path, lanes="auto")
+    monkeypatch.setattr(Planner, "captures", True)
+    plans.pins.cache_clear()
+    torch._dynamo.reset()
+    made.clear()
+    pinned = Three(8).double()
+    pinned.compile(backend=backend.mpsrun)
+    for _ in range(4):
+        pinned(inputs()).sum().backward()
+    plans.pins.cache_clear()
+    assert [graph.replays for graph in made] == [2]
+
+
+def test_networks_in_two_threads(made: list[Captured]) -> None:
+    """Replays follow each other; what is bound to other parameters meanwhile is not replayed with them."""
+
+    def train(model: nn.Module, seed: int, losses: list[float]) -> None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+        for number in range(12):
+            optimizer.zero_grad()
+            loss = model(inputs(100 * seed + number)).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+
+    torch.manual_seed(0)
+    plain = [Three(8).double() for _ in range(2)]
+    fast = [on_captured_workers(copy.deepcopy(model), 2) for model in plain]
+    for model in fast:  # Dynamo compiles in one thread at a time
+        train(model, 9, [])
+    for model in plain:
+        train(model, 9, [])
+    found: list[list[float]] = [[], []]
+    threads = [threading.Thread(target=train, args=(fast[i], i, found[i])) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    wanted: list[list[float]] = [[], []]
+    for i, model in enumerate(plain):
+        train(model, i, wanted[i])
+    for i in range(2):
+        assert found[i] == pytest.approx(wanted[i], rel=1e-9)
