@@ -231,11 +231,6 @@ class Coordinator:
         """Grows where a worker took the place of another one, or had no memory for something."""
         return self._watcher.taken_in + self._watcher.shortages
 
-    @property
-    def arena_bytes(self) -> int:
-        """The memory of all slots, which lead and workers share."""
-        return sum(chunk.handle.size_bytes for chunk in self._arena.chunks.values())
-
     # ---- set-up of crossings
 
     def renew(self, crossing: Crossing, args: Sequence[Any]) -> Crossing:
@@ -307,6 +302,11 @@ class Coordinator:
     def epoch(self) -> int:
         """How many workers were lost for good so far: plans of an earlier epoch are void."""
         return self._watcher.epoch
+
+    @property
+    def arena_bytes(self) -> int:
+        """The memory of all slots, which lead and workers share."""
+        return sum(chunk.handle.size_bytes for chunk in self._arena.chunks.values())
 
     def usable(self) -> list[int]:
         """The workers that can be planned with: all which are there, or will be there again."""
