@@ -306,10 +306,6 @@ class Coordinator:
         return self._watcher.taken_in + self._watcher.shortages
 
     @property
-    def arena_bytes(self) -> int:
-        """The memory of all slots, which lead and workers share."""
-        return sum(chunk.handle.size_bytes for chunk in self._arena.chunks.values())
-
     def stirs(self) -> tuple[int, ...]:
         """Different from what it was if workers were lost, came back or were bound to other memory."""
         watcher = self._watcher
@@ -390,6 +386,11 @@ class Coordinator:
     def epoch(self) -> int:
         """How many workers were lost for good so far: plans of an earlier epoch are void."""
         return self._watcher.epoch
+
+    @property
+    def arena_bytes(self) -> int:
+        """The memory of all slots, which lead and workers share."""
+        return sum(chunk.handle.size_bytes for chunk in self._arena.chunks.values())
 
     def usable(self) -> list[int]:
         """The workers that can be planned with: all which are there, or will be there again."""
