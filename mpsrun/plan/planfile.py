@@ -93,10 +93,13 @@ def fits(
         return f"it uses worker {max(plan.workers)}, and the run has {worker_count}; start more with --workers"
     if plan.captured and not captures:
         return "it is captured, which this graph cannot be here (--verbose says why)"
+    if plan.tuned and not (plan.captured and tunes and not plan.workers):
+        return (
+            "it has convolutions tuned, for which it must be captured, without workers, "
+            "and torch.backends.cudnn.benchmark set"
+        )
     if plan.workers and plan.captured:
         return f"it is captured and uses worker {min(plan.workers)}, which cannot be; delete one of the two"
-    if plan.tuned and not (plan.captured and tunes):
-        return "it has convolutions tuned, for which it must be captured and torch.backends.cudnn.benchmark set"
     if plan.streams and not has_streams:
         return f"it uses {lane_name(min(plan.streams))}, and this device has no streams"
     if plan.has_shares and not has_shares:

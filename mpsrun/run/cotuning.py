@@ -116,12 +116,8 @@ class TunedRecorder:
         self._recorder, self._thread = recorder, thread
 
     @property
-    def era(self) -> int:
+    def era(self) -> object:
         return self._recorder.era
-
-    @era.setter
-    def era(self, era: int) -> None:
-        self._recorder.era = era
 
     def make_room(self) -> None:
         self._recorder.make_room()
@@ -155,7 +151,6 @@ def tuned(
             if kind == "cuda":
                 _tell(branches, device, alone, together)
     except (RuntimeError, NotShippable) as error:
-        recorder.era += 1  # a capture that failed left another generator behind
         log.say(f"convolutions keep the algorithms that are fastest alone ({type(error).__name__}: {error})")
         return recorder
     return TunedRecorder(recorder, together)

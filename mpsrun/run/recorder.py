@@ -11,6 +11,7 @@ import functools
 import gc
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ import torch
 from mpsrun.run.streams import side_streams
 
 Function = Callable[[], Any]
+_eras: Counter[torch.device] = Counter()
 
 
 class Recording(Protocol):
@@ -31,7 +33,9 @@ class Recording(Protocol):
 class Recorder(Protocol):
     """Makes recordings on one device."""
 
-    era: int  # recordings of another era are not to be replayed
+    @property
+    def era(self) -> object:
+        """Recordings of another era are not to be replayed."""
 
     def make_room(self) -> None:
         """Before a recording. Raises `torch.OutOfMemoryError` where nothing would be left for other steps."""
@@ -47,13 +51,17 @@ class CudaRecorder:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.era = 0
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._alive: weakref.WeakSet[_CudaRecording] = weakref.WeakSet()
         self._last = self._stream  # that of the last replay
         self._lock = threading.Lock()  # a script may train in several threads
+
+    @property
+    def era(self) -> int:
+        """How often the device's generator, which all recordings on it know, was replaced by another one."""
+        return _eras[self._device]
 
     def make_room(self) -> None:
         """A recording keeps what a step needs at most; as much must be left for steps that run without it."""
@@ -106,7 +114,7 @@ class CudaRecorder:
             fresh = torch.Generator(self._device).manual_seed(seed)
             fresh.set_offset(offset)
             source.graphsafe_set_state(fresh)
-            self.era += 1
+            _eras[self._device] += 1
             raise
 
     def _join_sides(self) -> None:

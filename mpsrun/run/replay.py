@@ -26,7 +26,7 @@ from mpsrun.run.recorder import Recorder, Recording
 from mpsrun.wire.messages import Flags
 
 # What a recording was made under and cannot be changed afterwards; the era of the recorder.
-Settings = tuple[Flags, State, int]
+Settings = tuple[Flags, State, object]
 
 
 class Subject:
