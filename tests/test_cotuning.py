@@ -108,8 +108,6 @@ def test_what_fails_leaves_the_recorder(capfd: pytest.CaptureFixture[str]) -> No
     recorder = Repeater()
     found = tuned(recorder, CPU, [replace(Steps().branch("a"), step=broken)], nothing, 0)
     assert found is recorder
-    assert recorder.era == 1
-    assert Repeater.era == 0
     assert not torch.backends.cudnn.benchmark
     assert "fastest alone (OutOfMemoryError: no memory" in capfd.readouterr().err
 

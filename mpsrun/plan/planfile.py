@@ -97,8 +97,11 @@ def fits(
         return (
             f"it is captured and uses both workers and {lane_name(min(plan.streams))}, which cannot be; use one of them"
         )
-    if plan.tuned and not (plan.captured and tunes):
-        return "it has convolutions tuned, for which it must be captured and torch.backends.cudnn.benchmark set"
+    if plan.tuned and not (plan.captured and tunes and not plan.workers):
+        return (
+            "it has convolutions tuned, for which it must be captured, without workers, "
+            "and torch.backends.cudnn.benchmark set"
+        )
     if plan.streams and not has_streams:
         return f"it uses {lane_name(min(plan.streams))}, and this device has no streams"
     if plan.has_shares and not has_shares:

@@ -127,7 +127,7 @@ class TunedRecorder:
 
 
 def tuned(
-    recorder: CudaRecorder | Repeater,
+    recorder: Recorder,
     device: torch.device,
     branches: Sequence[Laned],
     rest: Callable[[], None],
@@ -151,7 +151,6 @@ def tuned(
             if kind == "cuda":
                 _tell(branches, device, alone, together)
     except (RuntimeError, NotShippable) as error:
-        recorder.era += 1  # a capture that failed left another generator behind
         log.say(f"convolutions keep the algorithms that are fastest alone ({type(error).__name__}: {error})")
         return recorder
     return TunedRecorder(recorder, together)

@@ -11,6 +11,7 @@ import functools
 import gc
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ import torch
 from mpsrun.run.streams import side_streams
 
 Function = Callable[[], Any]
+_eras: Counter[torch.device] = Counter()
 
 
 class Recording(Protocol):
@@ -52,13 +54,17 @@ class CudaRecorder:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.era = 0
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._alive: weakref.WeakSet[_CudaRecording] = weakref.WeakSet()
         self._last = self._stream  # that of the last replay
         self._lock = threading.Lock()  # a script may train in several threads
+
+    @property
+    def era(self) -> int:
+        """How often the device's generator, which all recordings on it know, was replaced by another one."""
+        return _eras[self._device]
 
     def make_room(self) -> None:
         """A recording keeps what a step needs at most; as much must be left for steps that run without it."""
@@ -76,7 +82,7 @@ class CudaRecorder:
         if not self._alive:  # a pool ends with its last graph
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with self._lock, _uncollected(), self._on_stream(), self._cleaning_up():
+        with self._lock, _uncollected(), self._on_stream(), restoring(self._device, self._pool):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 results = function()
@@ -94,15 +100,6 @@ class CudaRecorder:
     def _on_stream(self) -> Iterator[None]:
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             yield
-
-    @contextlib.contextmanager
-    def _cleaning_up(self) -> Iterator[None]:
-        try:
-            with restoring(self._device, self._pool):
-                yield
-        except BaseException:
-            self.era += 1  # older recordings do not move the new generator's state
-            raise
 
     def _join_sides(self) -> None:
         """Autograd waits for the streams that gradients come from, not for those of what nobody needed."""
@@ -126,7 +123,7 @@ class CudaRecorder:
 def restoring(device: torch.device, pool: tuple[int, int]) -> Iterator[None]:
     """After a failed capture into this pool, put right what torch leaves in its state: its allocator, its generator.
 
-    The generator gets a new state, in the same place of the same sequence.
+    The generator gets a new state, in the same place of the same sequence, which older recordings do not move.
     """
     source = torch.cuda.default_generators[device.index]
     seed, offset = source.initial_seed(), source.get_offset()
@@ -138,6 +135,7 @@ def restoring(device: torch.device, pool: tuple[int, int]) -> Iterator[None]:
         fresh = torch.Generator(device).manual_seed(seed)
         fresh.set_offset(offset)
         source.graphsafe_set_state(fresh)
+        _eras[device] += 1
         raise
 
 
@@ -172,7 +170,7 @@ class _Repeated:
 
 
 @functools.cache
-def recorder(device: torch.device) -> CudaRecorder | Repeater:
+def recorder(device: torch.device) -> Recorder:
     """The recorder of a device."""
     return CudaRecorder(device) if device.type == "cuda" else Repeater()
 
