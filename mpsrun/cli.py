@@ -41,8 +41,8 @@ Options before the script are mpsrun's; everything after it is the script's.
   --adapt auto|on|off          change the plan when other load, heat or missing memory make another one faster;
                                auto: on a GPU
   --trace FILE                 append what was sampled of the GPU, every step and every decision, as JSON lines
-  --tune-convolutions          have cuDNN's algorithms tuned for branches that run beside each other, as where the
-                               script sets torch.backends.cudnn.benchmark; results may then differ by rounding
+  --tune-convolutions          try a plan whose convolutions have the algorithms that are fastest beside each other;
+                               takes seconds more at the start, and results may then differ by rounding
   --max-restarts N             start the script again after a failure, N times at most (default 0); it should go on
                                from a checkpoint, see mpsrun.Checkpointer
   --strict                     raise a worker's error in the script instead of computing its branch there

@@ -14,6 +14,7 @@ from networks import SMALL
 from torch import fx
 from transparency import assert_same, moved, trained
 
+from mpsrun.config import Config
 from mpsrun.device import CpuDevice
 from mpsrun.graph.regions import Branch, Region
 from mpsrun.plan.lanes import WHOLE
@@ -171,12 +172,12 @@ def with_tuning(candidate: special.Candidate) -> special.Candidate:
 
 
 def test_who_may_tune(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A script that has not set `benchmark`, or wants the same bits each time, gets the algorithms of plain PyTorch."""
+    """Unless asked for, and where a script wants the same bits each time, it gets the algorithms of plain PyTorch."""
     node = fx.Graph().call_function(torch.conv2d)
     planner = object.__new__(special.Planner)
     planner._kind, planner._regions = "cuda", [Region(0, (Branch((node,)), Branch(())), None)]
     assert not planner.tunes
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr(special.config, "current", lambda: Config(tune_convolutions=True))
     assert planner.tunes
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     assert not planner.tunes

@@ -99,8 +99,7 @@ def fits(
         )
     if plan.tuned and not (plan.captured and tunes and not plan.workers):
         return (
-            "it has convolutions tuned, for which it must be captured, without workers, "
-            "and torch.backends.cudnn.benchmark set"
+            "it has convolutions tuned, for which it must be captured, without workers, and --tune-convolutions given"
         )
     if plan.streams and not has_streams:
         return f"it uses {lane_name(min(plan.streams))}, and this device has no streams"

@@ -100,9 +100,9 @@ class Planner:
 
     @property
     def tunes(self) -> bool:
-        """Whether cuDNN may choose other algorithms: the script lets it, or the user does, and there is a choice."""
-        asked = torch._C._get_cudnn_benchmark() or config.current().tune_convolutions
+        """Whether cuDNN may choose other algorithms: the user lets it, and there is a choice."""
         fixed = torch._C._get_cudnn_deterministic() or torch.are_deterministic_algorithms_enabled()
+        asked = config.current().tune_convolutions
         if self._kind != "cuda" or not asked or fixed or not torch._C._get_cudnn_enabled():
             return False
         return any(has_convolutions(branch) for region in self._regions for branch in region.branches)
@@ -125,10 +125,10 @@ class Planner:
             workers,
             costs,
             self.has_streams,
-            self.captures,
-            with_workers,
-            self.has_shares,
-            self.tunes,
+            captures=self.captures,
+            captures_workers=with_workers,
+            has_shares=self.has_shares,
+            tunes=self.tunes,
         )
 
     def special(self, owner: Coordinator | None, args: Sequence[Any], seen: Observation) -> Special:

@@ -199,7 +199,15 @@ def graphs(draw: st.DrawFn) -> list[Region]:
 def test_candidates_of_any_graph(
     regions: list[Region], worker_count: int, has_streams: bool, captures: bool, has_shares: bool
 ) -> None:
-    found = candidates(regions, range(1, worker_count + 1), COSTS, has_streams, captures, has_shares)
+    found = candidates(
+        regions,
+        range(1, worker_count + 1),
+        COSTS,
+        has_streams,
+        captures,
+        captures_workers=captures,
+        has_shares=has_shares,
+    )
     plans = [candidate.plan for candidate in found]
     assert [plan.is_serial for plan in plans].count(True) == 1
     assert len(found) <= MAX_CANDIDATES

@@ -108,8 +108,8 @@ def test_streams_need_a_device_that_has_them() -> None:
 def test_tuning_needs_a_recording_and_leave_to_choose() -> None:
     plan = Plan({0: Assignment((0, -1))}, captured=True, tuned=True)
     assert fits(plan, [region(1, 1)], 0) is None
-    assert "cudnn.benchmark" in (fits(plan, [region(1, 1)], 0, tunes=False) or "")
-    assert "without workers" in (fits(replace(plan, regions={0: Assignment((1, -1))}), [region(1, 1)], 1) or "")
+    assert "--tune-convolutions" in (fits(plan, [region(1, 1)], 0, tunes=False) or "")
+    assert "without workers" in (fits(replace(plan, regions={0: Assignment((0, 1))}), [region(1, 1)], 1) or "")
     assert "must be captured" in (fits(replace(plan, captured=False), [region(1, 1)], 0) or "")
 
 
