@@ -10,6 +10,7 @@ import contextlib
 import functools
 import gc
 import threading
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
+from mpsrun import log
 from mpsrun.run.streams import side_streams
 
 Function = Callable[[], Any]
@@ -81,7 +83,7 @@ class CudaRecorder:
         """Other threads go on meanwhile: only what this one does must be fit for a graph."""
         if not self._alive:  # a pool ends with its last graph
             self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
+        graph, begin_s = torch.cuda.CUDAGraph(), time.perf_counter()
         with self._lock, _uncollected(), self._on_stream(), restoring(self._device, self._pool):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
@@ -92,6 +94,7 @@ class CudaRecorder:
                     graph.capture_end()
                 raise
             graph.capture_end()
+        log.detail(f"a recording was made in {(time.perf_counter() - begin_s) * 1e3:.0f} ms")
         recording = _CudaRecording(self, graph, results)
         self._alive.add(recording)
         return recording

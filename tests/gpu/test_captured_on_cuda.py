@@ -12,7 +12,7 @@ from transparency import assert_same, moved, trained
 
 from mpsrun.run import report
 from mpsrun.run.captured import Captured
-from mpsrun.run.recorder import CudaRecorder
+from mpsrun.run.recorder import CudaRecorder, Recording
 from mpsrun.run.streams import CudaSides
 
 pytestmark = pytest.mark.gpu
@@ -157,11 +157,11 @@ def test_a_backward_that_cannot_be_captured(
     record = CudaRecorder.record
     calls: list[object] = []
 
-    def once(self: CudaRecorder, function: Callable[[], object]) -> object:
+    def once(self: CudaRecorder, function: Callable[[], object], forward: Recording | None = None) -> object:
         calls.append(function)
         if len(calls) > 1:
             raise torch.OutOfMemoryError("no memory for a recording")
-        return record(self, function)
+        return record(self, function, forward)
 
     monkeypatch.setattr(CudaRecorder, "record", once)
     torch.manual_seed(0)
