@@ -56,24 +56,32 @@ def make(case: Case) -> nn.Module:
 
 
 def time_engines(case: Case, model: nn.Module, cells: Cells, repeats: int, steps: int) -> None:
-    """Fill in milliseconds a step and memory; engines take turns, so that drift of the machine meets all alike."""
+    """Fill in milliseconds a step and memory.
+
+    Engines take turns, so that drift of the machine meets all alike, each turn in another order: what one leaves behind
+    in caches meets all alike, too.
+    """
     steppers: dict[str, Stepper] = {}
     for engine, cell in cells.items():
         with _failing_into(cell):
             steppers[engine] = _set_up(case, model, engine, cell)
-    _turn(steppers, cells, FEW_STEPS)  # the allocator's cache was emptied for those that came later
-    turns = [_turn(steppers, cells, steps) for _ in range(repeats)]
+    turns = []
+    for number in range(repeats):
+        order = [*steppers]
+        shift = number % max(1, len(order))
+        turns.append(_turn(steppers, order[shift:] + order[:shift], cells, steps))
     for engine in steppers:
         cells[engine]["ms"] = spread([turn[engine] for turn in turns])
         set_up = cells[engine]["set-up"]
         set_up["extra s"] = round(set_up["s"] - set_up["steps"] * cells[engine]["ms"][0] / 1e3, 2)
 
 
-def _turn(steppers: dict[str, Stepper], cells: Cells, steps: int) -> dict[str, float]:
-    """Milliseconds a step by engine; one that fails takes no further part."""
+def _turn(steppers: dict[str, Stepper], order: Sequence[str], cells: Cells, steps: int) -> dict[str, float]:
+    """Milliseconds a step by engine, after a few that are not timed; one that fails takes no further part."""
     times: dict[str, float] = {}
-    for engine in [*steppers]:
+    for engine in order:
         with _failing_into(cells[engine]):
+            steppers[engine].time_steps(FEW_STEPS)
             times[engine] = steppers[engine].time_steps(steps)
         if "failed" in cells[engine]:
             del steppers[engine]
