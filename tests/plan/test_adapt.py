@@ -149,7 +149,7 @@ def has_tenant(sample: Sample) -> bool:
     return bool(sample.tenants)
 
 
-@pytest.mark.parametrize("name", ["client", "outside"])
+@pytest.mark.parametrize("name", ["client", "outside", "uncaptured"])
 def test_a_recorded_tenant_is_followed(name: str) -> None:
     """Another plan within ten seconds of its coming, the first one again within twenty of its leaving."""
     replay = Replay().follow(name, lambda sample: dict(MS_BESIDE_A_TENANT if has_tenant(sample) else MS))
