@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,10 +134,24 @@ def parse(words: Sequence[str]) -> tuple[Config, Target]:
         values[field] = read(name, value)
     if values.get("worker_share") is not None and values.get("mps") == "off":
         raise UsageError("expected CUDA MPS for --worker-share, found --mps off; leave one of the two out")
+    _refuse_without_effect(values)
     for wanted, use in (("verify", "compare for --verify"), ("explain", "explain")):
         if values.get(wanted) and values.get("lanes") == "serial":
             raise UsageError(f"expected lanes to {use}, found --lanes serial; leave one of the two out")
     return Config(**values), _target(rest)
+
+
+def _refuse_without_effect(values: Mapping[str, Any]) -> None:
+    """Raise UsageError for options that the lanes asked for leave nothing to do."""
+    lanes = values.get("lanes", "auto")
+    for name, is_given, useful in (
+        ("--worker-share", values.get("worker_share") is not None, ("auto", "workers", "captured-workers")),
+        ("--tune-convolutions", values.get("tune_convolutions", False), ("auto",)),
+        ("--adapt on", values.get("adapt") == "on", ("auto",)),
+    ):
+        if is_given and lanes not in useful:
+            known = " or ".join(useful)
+            raise UsageError(f"expected --lanes {known} for {name}, found --lanes {lanes}; leave one of the two out")
 
 
 def _launch(config: Config, target: Target) -> int:

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,13 +17,15 @@ from torch import Tensor, nn
 from transparency import TOLERANCE, assert_executed, assert_same, moved, trained
 
 from mpsrun import config
-from mpsrun.errors import NotShippable
+from mpsrun.errors import NotNow, NotShippable
 from mpsrun.plan.planfile import PlanFile
 from mpsrun.run import backend, captured, plans, report
+from mpsrun.run import link as link_module
+from mpsrun.run import state as modes
 from mpsrun.run.captured import Captured
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.crossing import Crossing
-from mpsrun.run.link import STEP
+from mpsrun.run.link import STEP, SUBMITTED, Link, Replayed
 from mpsrun.run.relay import Relay
 from mpsrun.run.special import Planner
 
@@ -215,6 +218,61 @@ def test_settings_are_followed(made: list[Captured]) -> None:
         assert made[0].replays == before, "the first call under other settings runs as it is"
         pair.both(step)
         assert made[0].replays == before + 1
+
+
+def test_a_backward_is_recorded_under_its_own_settings(made: list[Captured], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another network may have been called under others since."""
+    seen: list[tuple[object, object]] = []
+    record = Coordinator.record
+
+    def noting(self: Coordinator, relay: Relay) -> None:
+        seen.append((self.flags, modes.flags()))
+        record(self, relay)
+
+    pair, other = Pair(), Pair(lambda: Three(12))
+    monkeypatch.setattr(Coordinator, "record", noting)
+    with torch.backends.mkldnn.flags(enabled=False):
+        pair.both(step)  # recorded anew from here on
+        pair.both(step)
+        loss = [network(inputs()).square().mean() for network in (pair.fast, pair.plain)]
+    other.fast(inputs())
+    with torch.backends.mkldnn.flags(enabled=False):
+        for one in loss:
+            one.backward()
+    assert len(seen) == 2
+    assert all(noted == now for noted, now in seen)
+
+
+def test_a_worker_that_does_not_answer_is_asked_again(
+    made: list[Captured], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wait = Coordinator.wait_recorded
+
+    def late(self: Coordinator, relay: Relay) -> None:
+        monkeypatch.setattr(Coordinator, "wait_recorded", wait)
+        raise NotNow("a worker has not recorded its part within 2 s")
+
+    monkeypatch.setattr(Coordinator, "wait_recorded", late)
+    pair = Pair()
+    pair.both(step)
+    assert made[0].replays > 0
+    assert "cannot be captured" not in capfd.readouterr().err
+
+
+def test_a_worker_has_its_time_for_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a replay takes in all; the lead is always one step ahead here."""
+    link, now_s = Link(1, None, done=4, progress=5), 0.0  # type: ignore[arg-type]
+    monkeypatch.setattr(link_module.time, "monotonic", lambda: now_s)
+    steps = tuple(SimpleNamespace(seq=number) for number in range(1, 5))
+    link.owed.append(Replayed(SimpleNamespace(seq=7), steps, 0.0))  # type: ignore[arg-type]
+    counters, stalled_s = [0] * 8, []
+    counters[SUBMITTED] = 7
+    for progress in (0, 1, 2, 2):
+        now_s += 0.5
+        counters[5], counters[STEP] = progress, progress + 1
+        link.settle(counters, streams=True)
+        stalled_s.append(link.stalled_s())
+    assert stalled_s == [0.5, 0.0, 0.0, 0.5]
 
 
 def test_a_lead_that_raises_leaves_nobody_waiting(made: list[Captured], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import os
 import select
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -19,6 +20,7 @@ from typing import IO
 from mpsrun.launch.leftovers import clear, end_processes, note
 from mpsrun.mps.identity import Identity
 
+AGAIN_S = 10.0  # between two starts of another keeper
 LEAD_S = 2.0  # what the launcher has to say that it ends the others, once the lead has ended
 MPS_S = 3.0  # what the guard of a private CUDA MPS has to end it in good order
 _DONE = b"done\n"
@@ -33,12 +35,17 @@ class Keeper:
         self._start = start
         self._process = start()
         self._last = _NO_LEAD
+        self._next_s = 0.0
 
     def look(self) -> None:
-        """Start another keeper where this one has ended."""
-        if self._process.poll() is not None:
+        """Start another keeper where this one has ended, as far as that can be done: there are other ties than this."""
+        if self._process.poll() is None or time.monotonic() < self._next_s:
+            return
+        self._next_s = time.monotonic() + AGAIN_S
+        with contextlib.suppress(OSError):
+            process = self._start()
             self._pipe.close()
-            self._process = self._start()
+            self._process = process
             self._tell(self._last)
 
     @property

@@ -48,6 +48,8 @@ def supervise(config: Config, target: Target, hardware: Hardware) -> Ending:
         start_guard = functools.partial(spawn_guard, parent_pid=os.getpid())
         has_gpu = hardware.kind == "nvidia"
         with cuda_mps(config, has_gpu, hardware.reason, start_guard) as mps, sampling(config, has_gpu):
+            if config.worker_share is not None and type(mps) is Service:
+                say("--worker-share has no effect: CUDA MPS is not in use")
             start = functools.partial(run_group, config, target, mps, keeper, mask)
             extra = _shared_cores(config, hardware)
             outcome = start(extra | environment(0, config.max_restarts))

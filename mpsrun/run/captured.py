@@ -23,7 +23,7 @@ from mpsrun.run.replay import Body, Settings, Subject
 # Whoever moves parameters or changes settings more often than this is served better without recordings.
 MOST_RECORDINGS = 4
 # Each of them keeps the activations of a call.
-MOST_SIZES = 8
+MOST_RECORDED = 8
 
 
 class Captured:
@@ -59,6 +59,9 @@ class Captured:
         body, settings = self._body, (modes.flags(), modes.ambient(self._subject.kind), self._recorder.era)
         if body is not None and body.settings == settings and body.fits(args):
             return None if body.is_busy else body
+        if self._recordings >= MOST_RECORDINGS and body is not None and not body.is_busy:
+            times = f"it was recorded {MOST_RECORDINGS} times, as parameters moved, or settings or workers changed"
+            self._give_up(NotShippable(times))
         if self._recordings >= MOST_RECORDINGS or settings != self._settings:
             self._settings = settings
             return None
@@ -66,21 +69,21 @@ class Captured:
             return None
         self._body = None  # its memory is free for the next one
         self._recordings += 1
-        self._subject.sizes += self._recordings == 1
         try:
-            if self._subject.sizes > MOST_SIZES:
-                raise NotShippable(f"it was for {MOST_SIZES} other sets of sizes and modes")
+            self._subject.recorded.add(self)
+            if len(self._subject.recorded) > MOST_RECORDED:
+                raise NotShippable(f"{MOST_RECORDED} others of this graph are, for other sizes, modes and plans")
             body = Body(self._subject, self._run, args, self._recorder, self._bumps, settings)
             self._body = body if self._recorder.era == settings[2] else None  # another thread may have changed it
         except NotNow:
             self._recordings -= 1
-            self._subject.sizes -= self._recordings == 0
         except (RuntimeError, NotShippable) as error:
             self._give_up(error)
         return self._body
 
     def _give_up(self, error: Exception) -> None:
         self._body, self._recordings = None, MOST_RECORDINGS
+        self._subject.recorded.discard(self)
         reason = str(error).strip().partition("\n")[0]
         log.say(f"a network cannot be captured, it runs uncaptured ({type(error).__name__}: {reason})")
 

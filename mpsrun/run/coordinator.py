@@ -194,7 +194,8 @@ class Coordinator:
     def wait_recorded(self, relay: Relay) -> None:
         """Wait until all workers have recorded their parts.
 
-        Raises `NotShippable` with the reason of one that could not, and `NotNow` where one was lost.
+        Raises `NotShippable` with the reason of one that could not, and `NotNow` where one was lost or does not answer:
+        the next step that runs uncaptured will find that out.
         """
         deadline = time.monotonic() + self.settings.timeout_s
         with self._watcher.changed:
@@ -209,7 +210,7 @@ class Coordinator:
                     return
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
-                    raise NotShippable(f"a worker has not recorded its part within {self.settings.timeout_s:g} s")
+                    raise NotNow(f"a worker has not recorded its part within {self.settings.timeout_s:g} s")
                 self._watcher.changed.wait(min(left_s, 1.0))
 
     def replay(self, relay: Relay, run: Callable[[], T]) -> T:

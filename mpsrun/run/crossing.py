@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -47,6 +47,10 @@ class Share:
         kinds = ("parameter", "buffer")
         self.static_inputs = [i for i, x in enumerate(self.program.inputs) if x.kind in kinds]
         self.static_args = [self.args[i] for i in self.static_inputs]
+
+    def is_bound_to(self, args: Sequence[Any] | Mapping[int, Any]) -> bool:
+        """Whether the worker has been told where the parameters and buffers among these arguments are."""
+        return [args[i].data_ptr() for i in self.static_args] == self.pointers
 
 
 class Handed(NamedTuple):

@@ -35,9 +35,12 @@ class Job:
     def fixed(self) -> Job:
         """The same job, which is not bound to anything else later; its leaves are its own.
 
-        Autograd has the gradient of a leaf end on the stream on which the leaf was first used.
+        Autograd has the gradient of a leaf end on the stream on which the leaf was first used. Raises `MpsrunError`
+        where the job is bound to nothing.
         """
-        job = Job(self.program, self.function, unbound=self.unbound)
+        if self.unbound is not None:
+            raise MpsrunError(f"expected the parameters of a job, found them gone: {self.unbound}")
+        job = Job(self.program, self.function)
         job.bind({i: t.detach().requires_grad_(t.requires_grad) for i, t in self.statics.items()})
         return job
 

@@ -96,6 +96,7 @@ class Link:
         self._mapped: set[int] = set()
         self._pidfd: int | None = None
         self._moved_s = 0.0
+        self._progress = 0  # in the replay under way
         self._asked: dict[int, float] = {}  # layouts under preparation, and since when
 
     def ready(self, message: m.Ready) -> None:
@@ -189,10 +190,12 @@ class Link:
         The clock of the next one starts again where the worker got on, or where the lead has not come to releasing it
         yet; `streams`: whether work is released by a stream, and not before it is sent.
         """
-        before = len(self.owed)
+        before, progress = len(self.owed), self._progress
+        self._progress = counters[self.progress]
         while self.owed and reached(counters[self.done], self.owed[0].seq):
             self.refused.discard(self.owed.popleft().seq)
-        if len(self.owed) < before or (self.owed and self._is_held(self.owed[0], counters, streams)):
+        moved = len(self.owed) < before or self._progress != progress
+        if moved or (self.owed and self._is_held(self.owed[0], counters, streams)):
             self._moved_s = time.monotonic()
 
     def _is_held(self, work: Work | Replayed, counters: Sequence[int], streams: bool) -> bool:

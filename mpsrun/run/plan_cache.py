@@ -30,6 +30,7 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
     """Everything on which the fastest plan depends.
 
     graph: the graph's fingerprint. shapes: shapes and dtypes of its inputs, as text. mps: the mode of CUDA MPS.
+    worker_share, tunes: as asked for on the command line.
     """
 
     graph: str
@@ -40,6 +41,8 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
     mpsrun: str
     workers: int
     mps: str
+    worker_share: int | None = None
+    tunes: bool = False
 
     def digest(self) -> str:
         """Hex digits that name the key's file."""

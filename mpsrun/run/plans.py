@@ -25,7 +25,7 @@ _saved = PlanFile()
 
 def key_of(gm: fx.GraphModule, args: Sequence[Any], kind: str, workers: int) -> Key:
     """Everything on which the fastest plan of a graph depends, for the sizes of these arguments."""
-    shapes = [_shape(arg) for arg in args]
+    shapes, settings = [_shape(arg) for arg in args], config.current()
     return Key(
         graph=_digest(gm.code),
         shapes=_digest(repr((shapes, modes.ambient(kind)))),
@@ -34,7 +34,9 @@ def key_of(gm: fx.GraphModule, args: Sequence[Any], kind: str, workers: int) -> 
         torch=str(torch.__version__),
         mpsrun=__version__,
         workers=workers,
-        mps=config.current().mps,
+        mps=settings.mps,
+        worker_share=settings.worker_share,
+        tunes=settings.tune_convolutions,
     )
 
 

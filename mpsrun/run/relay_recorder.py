@@ -63,6 +63,7 @@ class _Forward:
     def __init__(self, inner: Recorder, crossings: Sequence[Crossing], function: Function) -> None:
         self.owner = crossings[0].owner
         self._invocations: dict[Crossing, Invocation] = {}
+        self._is_recorded = False
         with self.owner.lock:
             if not all(crossing.is_open() for crossing in crossings):
                 raise NotNow("a worker is missing")
@@ -78,6 +79,7 @@ class _Forward:
 
         self._recording = inner.record(run)
         self.owner.wait_recorded(relay)
+        self._is_recorded = True
 
     def _step(self, number: int, crossing: Crossing) -> Step:
         invocation = self._invocations[crossing] = Invocation(crossing, ())
@@ -97,6 +99,8 @@ class _Forward:
         invocation = self._invocations.get(crossing)
         if invocation is None:
             raise RuntimeError("expected a region that takes part in the recording, found another one")
+        if not self._is_recorded and not all(share.is_bound_to(args) for share in crossing.shares):
+            raise NotNow("another thread has bound another network of its kind")
         invocation.args = args
         return invocation
 
@@ -129,6 +133,8 @@ class _Backward:
             self._is_settled = True
             try:
                 self._function = self._recorded(self._function, self._noted)
+            except NotNow:
+                self._is_settled = False
             except (RuntimeError, MpsrunError) as error:
                 reason = str(error).strip().partition("\n")[0]
                 log.say(f"a backward pass cannot be captured, it runs uncaptured ({type(error).__name__}: {reason})")
@@ -137,6 +143,7 @@ class _Backward:
     def _recorded(self, function: Function, noted: Sequence[tuple[Invocation, Gathering]]) -> Function:
         """What replays it; keeps neither `function` nor this object."""
         owner = self._forward.owner
+        owner.read_flags_in_backward()
         relay = Relay(owner, _steps(owner, noted))
         owner.record(relay)
 

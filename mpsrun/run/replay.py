@@ -33,8 +33,8 @@ Settings = tuple[Flags, State, object]
 class Subject:
     """What has to be known of a graph to record it.
 
-    statics: the arguments that are read and written where they are. refusal: why it cannot be recorded, if so. sizes:
-    for how many sets of sizes and modes it was.
+    statics: the arguments that are read and written where they are. refusal: why it cannot be recorded, if so.
+    recorded: by whom it is, under sizes, modes and plans that differ.
     """
 
     def __init__(self, gm: fx.GraphModule, effects: Effects, kind: str) -> None:
@@ -43,7 +43,7 @@ class Subject:
         self.is_random = any(facts.random for facts in effects.facts.values())
         self.statics = frozenset(i for i, k in enumerate(self.plain.kinds) if k in ("parameter", "buffer"))
         self.refusal = self.plain.refusal or self._refusal(gm, effects)
-        self.sizes = 0
+        self.recorded: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def _refusal(self, gm: fx.GraphModule, effects: Effects) -> str | None:
         facts = effects.facts

@@ -118,8 +118,8 @@ class Planner:
             return (forced_streams(self._regions, costs),)
         if self._options.forced:
             return (forced(self._regions, workers, costs),)
-        # Random numbers for a worker are not captured: it would be the uncaptured plan once more.
-        with_workers = self.captures and not self.subject.is_random
+        # Random numbers of branches are not captured: it would be the uncaptured plan once more.
+        with_workers = self.captures and not any(self._draws(region) for region in self._regions)
         return candidates(
             self._regions,
             workers,
@@ -130,6 +130,10 @@ class Planner:
             has_shares=self.has_shares,
             tunes=self.tunes,
         )
+
+    def _draws(self, region: Region) -> bool:
+        facts = self._effects.facts
+        return any(facts[node].random for branch in region.branches for node in branch.nodes)
 
     def special(self, owner: Coordinator | None, args: Sequence[Any], seen: Observation) -> Special:
         """The plans for the sizes of these arguments: one that is forced or pinned, or several to tune."""

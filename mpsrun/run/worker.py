@@ -212,7 +212,7 @@ class Worker:
         reason = None
         try:
             self._relays[message.relay] = self._recorded(message)
-        except RuntimeError as error:
+        except (RuntimeError, MpsrunError) as error:
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         self.channel.send(m.Recorded(self.index, message.relay, reason, self.generation))
 

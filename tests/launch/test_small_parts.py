@@ -1,5 +1,6 @@
 """Python's flags, hooks on imports, hardware, configuration."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from mpsrun.config import Config, socket_address
 from mpsrun.errors import MpsrunError, UsageError
 from mpsrun.launch import hardware, spawn
+from mpsrun.launch.keeper import Keeper
 from mpsrun.launch.on_import import after_import
 from mpsrun.launch.python_flags import python_flags
 
@@ -140,3 +142,24 @@ def test_paths_need_a_run_directory_of_a_length() -> None:
     with pytest.raises(UsageError, match="at most 100 bytes, found 101"):
         socket_address(Path("/" + "x" * 100))
     assert socket_address(Path("/" + "x" * 99)) == "ipc:///" + "x" * 99
+
+
+def test_a_keeper_that_cannot_live_is_not_started_all_the_time(tmp_path: Path) -> None:
+    """There are other ties than this one: the run goes on without it."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start() -> "subprocess.Popen[bytes]":
+        if len(started) == 2:
+            raise OSError("no more processes")
+        started.append(subprocess.Popen(["true"], stdin=subprocess.PIPE, bufsize=0))
+        started[-1].wait()
+        return started[-1]
+
+    keeper = Keeper(tmp_path, start)
+    for _ in range(5):
+        keeper.look()
+    assert len(started) == 2
+    keeper._next_s = 0.0
+    keeper.look()
+    keeper.no_lead()
+    keeper.dismiss()
