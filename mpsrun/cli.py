@@ -43,6 +43,8 @@ Options before the script are mpsrun's; everything after it is the script's.
   --trace FILE                 append what was sampled of the GPU, every step and every decision, as JSON lines
   --tune-convolutions          try a plan whose convolutions have the algorithms that are fastest beside each other;
                                takes seconds more at the start, and results may then differ by rounding
+  --compile-branches           try a plan whose workers compile their branches with torch's Inductor, or with --lanes
+                               workers do so; takes up to minutes more, and results then differ by rounding
   --max-restarts N             start the script again after a failure, N times at most (default 0); it should go on
                                from a checkpoint, see mpsrun.Checkpointer
   --strict                     raise a worker's error in the script instead of computing its branch there
@@ -134,6 +136,9 @@ def parse(words: Sequence[str]) -> tuple[Config, Target]:
         values[field] = read(name, value)
     if values.get("worker_share") is not None and values.get("mps") == "off":
         raise UsageError("expected CUDA MPS for --worker-share, found --mps off; leave one of the two out")
+    if values.get("compile_branches") and values.get("lanes") in ("serial", "streams", "captured"):
+        found = values["lanes"]
+        raise UsageError(f"expected workers for --compile-branches, found --lanes {found}; leave one of the two out")
     for wanted, use in (("verify", "compare for --verify"), ("explain", "explain")):
         if values.get(wanted) and values.get("lanes") == "serial":
             raise UsageError(f"expected lanes to {use}, found --lanes serial; leave one of the two out")
@@ -280,6 +285,7 @@ _OPTIONS: dict[str, Callable[[str, str], Any] | None] = {
     "trace": _path_of_a_file,
     "worker_share": _percent,
     "tune_convolutions": None,
+    "compile_branches": None,
     "json": None,
     "strict": None,
     "verbose": None,

@@ -29,7 +29,8 @@ _warned = False
 class Key(msgspec.Struct, frozen=True, kw_only=True):
     """Everything on which the fastest plan depends.
 
-    graph: the graph's fingerprint. shapes: shapes and dtypes of its inputs, as text. mps: the mode of CUDA MPS.
+    graph: the graph's fingerprint. shapes: shapes and dtypes of its inputs, as text. mps: the mode of CUDA MPS. asked:
+    what is tried only where it is asked for.
     """
 
     graph: str
@@ -40,6 +41,7 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
     mpsrun: str
     workers: int
     mps: str
+    asked: tuple[str, ...] = ()
 
     def digest(self) -> str:
         """Hex digits that name the key's file."""

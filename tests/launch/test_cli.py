@@ -26,6 +26,8 @@ def test_options_before_the_script_are_ours() -> None:
 def test_shares_and_convolutions() -> None:
     config, _ = parse(["--worker-share", "40", "--tune-convolutions", "t.py"])
     assert config == Config(worker_share=40, tune_convolutions=True)
+    config, _ = parse(["--lanes", "workers", "--compile-branches", "t.py"])
+    assert config == Config(lanes="workers", compile_branches=True)
 
 
 @pytest.mark.parametrize("name", ["--log-dir", "--log_dir"])
@@ -62,6 +64,7 @@ WRONG = [
     (["--worker-share", "101", "t.py"], "from 1 to 100, found '101'"),
     (["--worker-share", "50", "--mps", "off", "t.py"], "CUDA MPS for --worker-share, found --mps off"),
     (["--tune-convolutions=1", "t.py"], "--tune-convolutions alone"),
+    (["--compile-branches", "--lanes", "streams", "t.py"], "expected workers for --compile-branches, found --lanes s"),
     (["--timeout", "0", "t.py"], "above 0"),
     (["--timeout", "nan", "t.py"], "above 0"),
     (["--strict=yes", "t.py"], "--strict alone"),
