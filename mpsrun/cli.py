@@ -43,6 +43,8 @@ Options before the script are mpsrun's; everything after it is the script's.
   --trace FILE                 append what was sampled of the GPU, every step and every decision, as JSON lines
   --tune-convolutions          try a plan whose convolutions have the algorithms that are fastest beside each other;
                                takes seconds more at the start, and results may then differ by rounding
+  --compile-branches           try a plan whose workers compile their branches with torch's Inductor, or with --lanes
+                               workers do so; takes up to minutes more, and results then differ by rounding
   --max-restarts N             start the script again after a failure, N times at most (default 0); it should go on
                                from a checkpoint, see mpsrun.Checkpointer
   --strict                     raise a worker's error in the script instead of computing its branch there
@@ -146,6 +148,7 @@ def _refuse_without_effect(values: Mapping[str, Any]) -> None:
     lanes = values.get("lanes", "auto")
     for name, is_given, useful in (
         ("--worker-share", values.get("worker_share") is not None, ("auto", "workers", "captured-workers")),
+        ("--compile-branches", values.get("compile_branches", False), ("auto", "workers", "captured-workers")),
         ("--tune-convolutions", values.get("tune_convolutions", False), ("auto",)),
         ("--adapt on", values.get("adapt") == "on", ("auto",)),
     ):
@@ -294,6 +297,7 @@ _OPTIONS: dict[str, Callable[[str, str], Any] | None] = {
     "trace": _path_of_a_file,
     "worker_share": _percent,
     "tune_convolutions": None,
+    "compile_branches": None,
     "json": None,
     "strict": None,
     "verbose": None,

@@ -41,6 +41,7 @@ class Config:
     was sampled and decided.
     worker_share: the percentage of the GPU's multiprocessors that CUDA MPS lets each worker have, None for all.
     tune_convolutions: whether cuDNN may choose other algorithms than the script lets it.
+    compile_branches: whether workers may have Inductor compile their branches.
     run_dir: the private directory of this run, None before the launcher made it and where there is no launcher.
     """
 
@@ -63,6 +64,7 @@ class Config:
     trace: Path | None = None
     worker_share: int | None = None
     tune_convolutions: bool = False
+    compile_branches: bool = False
     run_dir: Path | None = None
 
     def worker_count(self) -> int:

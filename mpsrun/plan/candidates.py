@@ -37,14 +37,17 @@ def candidates(
     captures_workers: bool = False,
     has_shares: bool = False,
     tunes: bool = False,
+    compiles: bool = False,
 ) -> tuple[Candidate, ...]:
-    """At most `MAX_CANDIDATES` plans that differ, the best predicted first.
+    """At most `MAX_CANDIDATES` plans that differ, the best predicted first; one more where branches are compiled.
 
     regions: all of a graph, parents before children. worker_ids: the lanes of the workers that may be used.
     has_streams: whether the lead's device has side streams. captures: whether the graph can be captured;
     captures_workers: whether that is so with its regions on worker lanes. has_shares: whether lanes can have shares of
-    the device. tunes: whether cuDNN may choose other algorithms. Always in: serial; side streams, if the device has
-    them, or both captured, if that can be; the plan that hands every region to all workers that is not hopeless.
+    the device. tunes: whether cuDNN may choose other algorithms. compiles: whether workers may compile their branches,
+    as is tried with the plan of workers that is predicted to be the fastest. Always in: serial; side streams, if the
+    device has them, or both captured, if that can be; the plan that hands every region to all workers that is not
+    hopeless.
     """
     planner = _Planner(regions, worker_ids, costs)
     wanted = [planner.candidate(SERIAL, lambda _region: Declined("serial"))]
@@ -64,7 +67,11 @@ def candidates(
         optional += [shared for plain in wanted if (shared := _with_shares(plain, regions, costs)) is not None]
     if tunes and captures and has_streams:
         optional.append(_tuned(forced_captured(regions, costs)))
-    return _best(_different(wanted), optional)
+    found = _best(_different(wanted), optional)
+    best = next((candidate for candidate in found if candidate.plan.workers), None)
+    if not compiles or best is None:
+        return found
+    return tuple(sorted((*found, compiled(best)), key=lambda candidate: candidate.predicted_us))
 
 
 def forced(regions: Sequence[Region], worker_ids: Sequence[int], costs: Costs) -> Candidate:
@@ -114,6 +121,11 @@ def _with_shares(candidate: Candidate, regions: Sequence[Region], costs: Costs) 
     return Candidate(
         f"{candidate.name}, shares", shared, predicted_us(shared, regions, whole if plan.captured else costs)
     )
+
+
+def compiled(candidate: Candidate) -> Candidate:
+    """The same with its workers' branches compiled; predicted as before, since what that changes is not known."""
+    return replace(candidate, name=f"{candidate.name}, compiled", plan=replace(candidate.plan, compiled=True))
 
 
 def _tuned(candidate: Candidate) -> Candidate:

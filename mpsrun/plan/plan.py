@@ -12,6 +12,7 @@ from mpsrun.plan.lanes import LEAD, WHOLE, is_stream, is_worker, lane_name, lane
 
 CAPTURED = "captured"  # the line of a plan whose graph is replayed
 TUNED = "convolutions tuned"  # and of one whose convolutions are tuned beside each other
+COMPILED = "branches compiled"  # and of one whose workers compile their branches
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,17 @@ class Plan:
     """What each region does, by region index; `str(plan)` is text that `Plan.parse` reads back.
 
     captured: whether the whole graph is replayed as a CUDA graph. tuned: whether cuDNN's algorithms are chosen while
-    the branches run beside each other.
+    the branches run beside each other. compiled: whether workers have Inductor compile their branches.
     """
 
     regions: Mapping[int, Assignment | Declined] = field(default_factory=dict)
     captured: bool = False
     tuned: bool = False
+    compiled: bool = False
 
     def __str__(self) -> str:
         lines = [_line(index, choice) for index, choice in sorted(self.regions.items())]
-        about = [CAPTURED] * self.captured + [TUNED] * self.tuned
+        about = [CAPTURED] * self.captured + [TUNED] * self.tuned + [COMPILED] * self.compiled
         return "".join(f"{line}\n" for line in about + lines)
 
     @classmethod
@@ -77,7 +79,7 @@ class Plan:
         found: dict[int, Assignment | Declined] = {}
         about = set[str]()
         for number, line in lines:
-            if line.strip() in (CAPTURED, TUNED):
+            if line.strip() in (CAPTURED, TUNED, COMPILED):
                 about.add(line.strip())
             elif line.strip() and not line.lstrip().startswith("#"):
                 index, choice = _parse_line(line.strip(), f"{source}, line {number}")
@@ -87,7 +89,7 @@ class Plan:
                         "keep one of them"
                     )
                 found[index] = choice
-        return cls(found, CAPTURED in about, TUNED in about)
+        return cls(found, CAPTURED in about, TUNED in about, COMPILED in about)
 
     @property
     def workers(self) -> frozenset[int]:
@@ -194,6 +196,6 @@ def _parse_line(line: str, place: str) -> tuple[int, Assignment | Declined]:
     if found is None or len(known) != len(lanes):
         raise UsageError(
             f"{place}: expected 'region 0: lead | worker 1 | stream 1 at 25%', 'region 0: declined, reason', "
-            f"'{CAPTURED}' or '{TUNED}', found {line[:200]!r}; correct the line or delete it"
+            f"'{CAPTURED}', '{TUNED}' or '{COMPILED}', found {line[:200]!r}; correct the line or delete it"
         )
     return int(found["index"]), Assignment(tuple(lane for lane, _ in known), some_shares(share for _, share in known))

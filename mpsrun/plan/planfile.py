@@ -80,11 +80,12 @@ def fits(
     captures: bool = True,
     has_shares: bool = True,
     tunes: bool = True,
+    compiles: bool = True,
 ) -> str | None:
     """Why `plan` cannot be followed for these regions with workers 1 to `worker_count`, or None where it can.
 
     captures: whether the graph can be captured. has_shares: whether lanes can have shares of the device.
-    tunes: whether cuDNN may choose other algorithms.
+    tunes: whether cuDNN may choose other algorithms. compiles: whether workers may compile their branches.
     """
     known = {region.index: region for region in regions}
     if set(plan.regions) != set(known):
@@ -100,6 +101,11 @@ def fits(
     if plan.tuned and not (plan.captured and tunes and not plan.workers):
         return (
             "it has convolutions tuned, for which it must be captured, without workers, and --tune-convolutions given"
+        )
+    if plan.compiled and not (compiles and plan.workers):
+        return (
+            "it has branches compiled, for which it must use workers, --compile-branches be given, and PyTorch not be "
+            "set to deterministic algorithms"
         )
     if plan.streams and not has_streams:
         return f"it uses {lane_name(min(plan.streams))}, and this device has no streams"

@@ -266,10 +266,25 @@ class Coordinator:
 
     def _wait(self, counters: Sequence[int], values: Sequence[int]) -> None:
         try:
-            self.device.wait(counters, values, self.settings.timeout_s * GRACE + 10)
+            self._wait_while_compiling(counters, values)
         except TimeoutError as error:
             self._watcher.report(f"neither a worker nor its stand-in answered: {error}")
             raise WorkerError(f"a worker did not answer, and neither did its stand-in: {error}") from error
+
+    def _wait_while_compiling(self, counters: Sequence[int], values: Sequence[int]) -> None:
+        """As `device.wait`; the time does not run while a worker compiles, which the watching thread ends one day."""
+        while True:
+            try:
+                self.device.wait(counters, values, self.settings.timeout_s * GRACE + 10)
+            except TimeoutError:
+                if not self._compiles:
+                    raise
+            else:
+                return
+
+    @property
+    def _compiles(self) -> bool:
+        return any(link.compiles for link in self.links)
 
     def bind(self, crossing: Crossing, args: Sequence[Any] | Mapping[int, Any]) -> None:
         """Make sure that the workers see the parameters and buffers where they are now."""
@@ -308,9 +323,9 @@ class Coordinator:
 
     @property
     def stirs(self) -> tuple[int, ...]:
-        """Different from what it was if workers were lost, came back or were bound to other memory."""
+        """Different from what it was if workers were lost, came back, compile or were bound to other memory."""
         watcher = self._watcher
-        return watcher.losses, watcher.taken_in, watcher.shortages, self._binds
+        return watcher.losses, watcher.taken_in, watcher.shortages, self._compiles, self._binds
 
     def next_relay(self) -> int:
         """A number for a relay."""
@@ -355,11 +370,17 @@ class Coordinator:
         return all(share.link.answered(share.layout.layout) for share in crossing.shares)
 
     def wait_ready(self, crossings: Sequence[Crossing]) -> bool:
-        """Wait until all of these are prepared; False where a worker was lost on the way or time ran out."""
-        deadline = time.monotonic() + self.settings.timeout_s * GRACE
+        """Wait until all of these are prepared; False where a worker was lost on the way or time ran out.
+
+        The time does not run while one of them compiles.
+        """
+        limit_s = self.settings.timeout_s * GRACE
+        deadline = time.monotonic() + limit_s
         links = [share.link for crossing in crossings for share in crossing.shares]
         with self._watcher.changed:
             while not all(self.is_ready(crossing) for crossing in crossings):
+                if any(link.compiles for link in links):
+                    deadline = time.monotonic() + limit_s
                 left_s = deadline - time.monotonic()
                 if left_s <= 0 or any(link.lost for link in links):
                     return False

@@ -138,8 +138,11 @@ class Crossing:
         }
 
     def is_open(self) -> bool:
-        """Whether all of its workers are there and have prepared it; otherwise the lead computes the region."""
-        return all(link.lost is None and self.layout in link.prepared for link in self.links)
+        """Whether all of its workers are there and have prepared it; otherwise the lead computes the region.
+
+        A worker that compiles for another region is not waited for.
+        """
+        return all(link.lost is None and self.layout in link.prepared and not link.compiles for link in self.links)
 
     def no_memory(self) -> str | None:
         """Which worker had no memory for it, and what it said; then it stays in the lead."""

@@ -13,6 +13,7 @@ from mpsrun.device.arena import Room
 from mpsrun.errors import MpsrunError
 from mpsrun.graph.program import Program, State, build
 from mpsrun.graph.state import applied
+from mpsrun.run import compiling
 from mpsrun.wire.messages import Backward, Forward, Place, Prepare, Rng, Slot
 
 
@@ -26,7 +27,7 @@ class Job:
     """
 
     program: Program
-    function: Callable[..., tuple[torch.Tensor, ...]]
+    function: Callable[..., Sequence[torch.Tensor]]
     statics: dict[int, torch.Tensor] = field(default_factory=dict)
     private: dict[int, torch.Tensor] = field(default_factory=dict)
     values: list[Any] = field(default_factory=list)
@@ -113,13 +114,7 @@ class Executor:
     def _compute(
         self, layout: Prepare, job: Job, inputs: Sequence[torch.Tensor], state: State, rng: Rng | None
     ) -> tuple[Sequence[torch.Tensor], dict[int, torch.Tensor]]:
-        if job.unbound is not None:
-            raise MpsrunError(f"expected the parameters of job {layout.job}, found them gone: {job.unbound}")
-        values = list(job.values)
-        for place, tensor in zip(layout.inputs, inputs, strict=True):
-            values[place.index] = tensor.detach().requires_grad_(place.requires_grad)
-        for index, number in layout.ints.items():
-            values[index] = number
+        values = _arguments(layout, job, inputs)
         if job.private:
             # Through `.data`: autograd may have saved the private copy, and may rely on it having one version.
             copy_all([t.data for t in job.private.values()], [job.statics[i].detach() for i in job.private])
@@ -175,6 +170,21 @@ class Executor:
         for key in [key for key in self._saved if key[0] in gone]:
             del self._saved[key]
 
+    def compile(self, message: Prepare) -> str | None:
+        """Have Inductor compile a layout's job, and run it once; returns why the job stays as it is, if so."""
+        job = self.jobs[message.job]
+        plain = job.function
+        try:
+            with compiling.settings():
+                values = _arguments(message, job, [_zeros(place, self._device) for place in message.inputs])
+                with applied(message.state):
+                    job.function = compiling.compiled(plain, values, len(message.outputs), self._device.kind)
+                self.warm_up(message)
+        except Exception as error:  # noqa: BLE001 - whatever a compiler may raise, the job can do without
+            job.function = plain
+            return compiling.reason(error)
+        return None
+
     def warm_up(self, message: Prepare) -> None:
         """Run a layout once on zeros: loads kernels and fills the allocator before anybody waits for it."""
         inputs = [_zeros(place, self._device) for place in message.inputs]
@@ -196,6 +206,18 @@ class Executor:
     def _seek(self, ordinal: int) -> None:
         if self._generator is not None and self._offsets:
             self._generator.set_offset(self._offsets[ordinal])
+
+
+def _arguments(layout: Prepare, job: Job, inputs: Sequence[torch.Tensor]) -> list[Any]:
+    """What a job is called with: `inputs` in their places, as leaves."""
+    if job.unbound is not None:
+        raise MpsrunError(f"expected the parameters of job {layout.job}, found them gone: {job.unbound}")
+    values = list(job.values)
+    for place, tensor in zip(layout.inputs, inputs, strict=True):
+        values[place.index] = tensor.detach().requires_grad_(place.requires_grad)
+    for index, number in layout.ints.items():
+        values[index] = number
+    return values
 
 
 def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:

@@ -98,6 +98,7 @@ class Link:
         self._moved_s = 0.0
         self._progress = 0  # in the replay under way
         self._asked: dict[int, float] = {}  # layouts under preparation, and since when
+        self._compiling: set[int] = set()  # those of them whose jobs are compiled
 
     def ready(self, message: m.Ready) -> None:
         """The worker is there. Raises where it was there before, speaks another protocol or is gone already."""
@@ -135,6 +136,7 @@ class Link:
         if self.lost is None:
             if isinstance(message, m.Prepare):
                 self._asked[message.layout] = time.monotonic()
+                self._compiling.update([message.layout] if message.compiled else ())
             self._channel.send(self.index, message)
 
     def answered(self, layout: int) -> bool:
@@ -156,7 +158,13 @@ class Link:
 
     def _answer(self, layout: int) -> None:
         self._asked.pop(layout, None)
+        self._compiling.discard(layout)
         self._moved_s = time.monotonic()
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the worker may be compiling, and does nothing else before that is done."""
+        return bool(self._compiling) and self.lost is None
 
     def remember(self, work: Work | Replayed) -> None:
         """Note what is owed from now on, whether it can be sent or not."""
@@ -187,14 +195,14 @@ class Link:
     def settle(self, counters: Sequence[int], streams: bool) -> None:
         """Forget the work that is done.
 
-        The clock of the next one starts again where the worker got on, or where the lead has not come to releasing it
-        yet; `streams`: whether work is released by a stream, and not before it is sent.
+        The clock of the next one starts again where the worker got on or compiles, or where the lead has not come to
+        releasing it yet; `streams`: whether work is released by a stream, and not before it is sent.
         """
         before, progress = len(self.owed), self._progress
         self._progress = counters[self.progress]
         while self.owed and reached(counters[self.done], self.owed[0].seq):
             self.refused.discard(self.owed.popleft().seq)
-        moved = len(self.owed) < before or self._progress != progress
+        moved = len(self.owed) < before or self._progress != progress or self.compiles
         if moved or (self.owed and self._is_held(self.owed[0], counters, streams)):
             self._moved_s = time.monotonic()
 
@@ -242,7 +250,8 @@ class Link:
         self.prepared.difference_update(layouts)
         for layout in layouts:
             self.no_memory.pop(layout, None)
-            self._asked.pop(layout, None)
+            if layout not in self._compiling:  # else the worker is at it until it answers
+                self._asked.pop(layout, None)
         for relay in relays:
             self.recorded.pop(relay, None)
         self.send(m.Forget([*layouts], [*jobs], [*relays]))

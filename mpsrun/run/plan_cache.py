@@ -29,8 +29,8 @@ _warned = False
 class Key(msgspec.Struct, frozen=True, kw_only=True):
     """Everything on which the fastest plan depends.
 
-    graph: the graph's fingerprint. shapes: shapes and dtypes of its inputs, as text. mps: the mode of CUDA MPS.
-    worker_share, tunes: as asked for on the command line.
+    graph: the graph's fingerprint. shapes: shapes and dtypes of its inputs, as text. mps: the mode of CUDA MPS. asked:
+    what is tried only where it is asked for.
     """
 
     graph: str
@@ -41,8 +41,7 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
     mpsrun: str
     workers: int
     mps: str
-    worker_share: int | None = None
-    tunes: bool = False
+    asked: tuple[str, ...] = ()
 
     def digest(self) -> str:
         """Hex digits that name the key's file."""

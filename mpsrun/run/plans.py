@@ -25,7 +25,10 @@ _saved = PlanFile()
 
 def key_of(gm: fx.GraphModule, args: Sequence[Any], kind: str, workers: int) -> Key:
     """Everything on which the fastest plan of a graph depends, for the sizes of these arguments."""
-    shapes, settings = [_shape(arg) for arg in args], config.current()
+    shapes = [_shape(arg) for arg in args]
+    options = config.current()
+    asked = {"tuned": options.tune_convolutions, "compiled": options.compile_branches}
+    asked[f"worker share {options.worker_share}"] = options.worker_share is not None
     return Key(
         graph=_digest(gm.code),
         shapes=_digest(repr((shapes, modes.ambient(kind)))),
@@ -34,9 +37,8 @@ def key_of(gm: fx.GraphModule, args: Sequence[Any], kind: str, workers: int) -> 
         torch=str(torch.__version__),
         mpsrun=__version__,
         workers=workers,
-        mps=settings.mps,
-        worker_share=settings.worker_share,
-        tunes=settings.tune_convolutions,
+        mps=options.mps,
+        asked=tuple(name for name, is_asked in asked.items() if is_asked),
     )
 
 
@@ -52,7 +54,14 @@ def cache() -> PlanCache:
 
 
 def pinned(
-    name: str, regions: Sequence[Region], workers: int, has_streams: bool, captures: bool, has_shares: bool, tunes: bool
+    name: str,
+    regions: Sequence[Region],
+    workers: int,
+    has_streams: bool,
+    captures: bool,
+    has_shares: bool,
+    tunes: bool,
+    compiles: bool,
 ) -> Plan | None:
     """The plan that `--plan` pins for the graph of this fingerprint; None, with one line why, where there is none."""
     known = pins()
@@ -63,7 +72,7 @@ def pinned(
     except UsageError as error:
         log.say(f"{error}; it is tuned instead")
         return None
-    reason = fits(plan, regions, workers, has_streams, captures, has_shares, tunes)
+    reason = fits(plan, regions, workers, has_streams, captures, has_shares, tunes, compiles)
     if reason is not None:
         log.say(f"{known.source}: the plan of graph {name} cannot be followed: {reason}; it is tuned instead")
         return None

@@ -17,6 +17,7 @@ from mpsrun.plan import memory
 from mpsrun.plan.candidates import (
     Candidate,
     candidates,
+    compiled,
     forced,
     forced_captured,
     forced_captured_workers,
@@ -75,6 +76,8 @@ class Planner:
         self.subject = Subject(gm, effects, kind)
         if self.subject.refusal and self._may_capture:
             summary.note(f"it cannot be captured: {self.subject.refusal}")
+        if config.current().compile_branches and not self.compiles:
+            summary.note("its branches are not compiled: PyTorch is set to deterministic algorithms")
 
     @property
     def has_streams(self) -> bool:
@@ -101,11 +104,16 @@ class Planner:
     @property
     def tunes(self) -> bool:
         """Whether cuDNN may choose other algorithms: the user lets it, and there is a choice."""
-        fixed = torch._C._get_cudnn_deterministic() or torch.are_deterministic_algorithms_enabled()
+        fixed = _wants_same_bits()
         asked = config.current().tune_convolutions
         if self._kind != "cuda" or not asked or fixed or not torch._C._get_cudnn_enabled():
             return False
         return any(has_convolutions(branch) for region in self._regions for branch in region.branches)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether workers may compile their branches: the user lets them, and results may differ by rounding."""
+        return config.current().compile_branches and not _wants_same_bits()
 
     def candidates(self, workers: Sequence[int], branch_us: _BranchUs | None = None) -> tuple[Candidate, ...]:
         """The plans to choose from with these workers; a forced lane leaves no choice."""
@@ -113,11 +121,11 @@ class Planner:
         if self._options.lanes == "captured" and self.captures:
             return (forced_captured(self._regions, costs),)
         if self._options.lanes == "captured-workers" and self.captures:
-            return (forced_captured_workers(self._regions, workers, costs),)
+            return (self._maybe_compiled(forced_captured_workers(self._regions, workers, costs)),)
         if self._options.lanes in ("streams", "captured"):
             return (forced_streams(self._regions, costs),)
         if self._options.forced:
-            return (forced(self._regions, workers, costs),)
+            return (self._maybe_compiled(forced(self._regions, workers, costs)),)
         # Random numbers of branches are not captured: it would be the uncaptured plan once more.
         with_workers = self.captures and not any(self._draws(region) for region in self._regions)
         return candidates(
@@ -129,7 +137,11 @@ class Planner:
             captures_workers=with_workers,
             has_shares=self.has_shares,
             tunes=self.tunes,
+            compiles=self.compiles,
         )
+
+    def _maybe_compiled(self, candidate: Candidate) -> Candidate:
+        return compiled(candidate) if self.compiles and candidate.plan.workers else candidate
 
     def _draws(self, region: Region) -> bool:
         facts = self._effects.facts
@@ -145,7 +157,14 @@ class Planner:
             workers = [link.index for link in owner.links] if owner is not None else []
             name = plans.fingerprint(key)
             plan = plans.pinned(
-                name, self._regions, len(workers), self.has_streams, self.captures, self.has_shares, self.tunes
+                name,
+                self._regions,
+                len(workers),
+                self.has_streams,
+                self.captures,
+                self.has_shares,
+                self.tunes,
+                self.compiles,
             )
         if plan is not None:
             gone = frozenset(workers) - {*usable}
@@ -215,6 +234,11 @@ class Planner:
         branch_us = {index: tuple(us) for index, us in special.branch_us.items()}
         entry = Entry(candidate=candidate.name, plan=str(candidate.plan), medians_us=medians_us, branch_us=branch_us)
         plans.cache().store(special.key, entry)
+
+
+def _wants_same_bits() -> bool:
+    """Whether the script asks for the same results each time, which what is chosen by time cannot promise."""
+    return torch._C._get_cudnn_deterministic() or torch.are_deterministic_algorithms_enabled()
 
 
 def describe(args: Sequence[Any]) -> str:

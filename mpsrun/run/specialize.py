@@ -71,7 +71,10 @@ class Side:
 
 @dataclass(frozen=True)
 class _Part:
-    """One worker's nodes as a program; `args` and `metas` are by input of the program, `place` is its share's."""
+    """One worker's nodes as a program; `args` and `metas` are by input of the program, `place` is its share's.
+
+    compiled: whether it is to be; not where it is random, since Inductor draws other numbers.
+    """
 
     worker: int
     program: Program
@@ -82,6 +85,7 @@ class _Part:
     random: tuple[fx.Node, ...]
     gradients: Gradients
     place: tuple[int, int]
+    compiled: bool
 
 
 class Cutter:
@@ -112,8 +116,11 @@ class Cutter:
                 ends.add(number)
                 stack.extend(node.all_input_nodes)
 
-    def cut(self, region: Region, assignment: Assignment, seen: Observation) -> Cut:
-        """What crosses at a region under an assignment. Raises `NotShippable` with the reason."""
+    def cut(self, region: Region, assignment: Assignment, seen: Observation, compiled: bool = False) -> Cut:
+        """What crosses at a region under an assignment, compiled by its workers or not.
+
+        Raises `NotShippable` with the reason.
+        """
         device = _device_of(region, seen)
         if any(map(is_worker, assignment.lanes)) and device.type != self._owner.device.kind:
             raise NotShippable(f"its tensors are on {device}, the workers use {self._owner.device.kind}")
@@ -130,7 +137,7 @@ class Cutter:
         strands = []
         jobs: dict[Branch, int] = {}
         for group in groups.values():
-            parts = self._parts(group, seen, state, places_of(assignment))
+            parts = self._parts(group, seen, state, places_of(assignment), compiled)
             args = tuple(dict.fromkeys(node for part in parts for node in part.inputs))
             outputs = tuple(node for part in parts for node in part.outputs)
             crossing = self._crossing(parts, args, seen, state, device, starts, total)
@@ -156,7 +163,7 @@ class Cutter:
         return Side(lane, tuple(dict.fromkeys(inputs)), tuple(n for branch in chosen for n in branch.outputs))
 
     def _parts(
-        self, laned: Sequence[tuple[Branch, int]], seen: Observation, state: State, places: Places
+        self, laned: Sequence[tuple[Branch, int]], seen: Observation, state: State, places: Places, compiled: bool
     ) -> list[_Part]:
         found = []
         arg_of: dict[fx.Node, int] = {}
@@ -172,7 +179,20 @@ class Cutter:
             args = tuple(arg_of[node] for node in inputs)
             random = tuple(node for node in nodes if self._effects.facts[node].random)
             place = places.get(worker, EVERYWHERE)
-            found.append(_Part(worker, program, args, tuple(inputs), tuple(outputs), metas, random, gradients, place))
+            found.append(
+                _Part(
+                    worker,
+                    program,
+                    args,
+                    tuple(inputs),
+                    tuple(outputs),
+                    metas,
+                    random,
+                    gradients,
+                    place,
+                    compiled and not random,
+                )
+            )
         return found
 
     def _crossing(
@@ -259,6 +279,7 @@ class Cutter:
             grad_inputs=wants,
             share=part.place,
             flags=modes.flags(),
+            compiled=part.compiled,
         )
         span = range(first_output, first_output + len(out_metas))
         link = self._owner.links[part.worker - 1]

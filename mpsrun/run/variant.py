@@ -110,6 +110,8 @@ class Maker:
         Regions that cannot be cut or lowered stay in the lead, with the reason in the report.
         """
         regions, run, strands = self._lower(self._cut_all(plan, seen))
+        if plan.compiled:
+            self._note_uncompiled(strands)
         places = [[self._position.get(node) for node in strand.args] for strand in strands]
         try:
             for strand, own in zip(strands, places, strict=True):
@@ -155,6 +157,11 @@ class Maker:
             self._summary.note(f"it runs uncaptured: random numbers are drawn beside or in a worker ({where[0]})")
         return bool(where)
 
+    def _note_uncompiled(self, strands: Sequence[Strand]) -> None:
+        for strand in strands:
+            if not all(share.layout.compiled for share in strand.crossing.shares):
+                self._summary.note(f"a branch is not compiled: it draws random numbers ({strand.where})")
+
     def _device(self, args: Sequence[Any]) -> torch.device:
         """The one of the graph's tensors: a graph of several is not captured."""
         return next(arg.device for arg in args if isinstance(arg, torch.Tensor))
@@ -168,20 +175,22 @@ class Maker:
             nodes = [node for branch in region.branches for node in branch.nodes]
             if not isinstance(choice, Assignment) or not any(choice.lanes) or not gone.isdisjoint(nodes):
                 continue
-            cut = self._cut(region, choice, seen, nodes)
+            cut = self._cut(region, choice, seen, nodes, plan.compiled)
             if cut is not None:
                 cuts.append(cut)
                 for branch, lane in zip(region.branches, choice.lanes, strict=True):
                     gone.update(branch.nodes if lane != LEAD else ())
         return cuts
 
-    def _cut(self, region: Region, choice: Assignment, seen: Observation, nodes: Sequence[fx.Node]) -> Lowered | None:
+    def _cut(
+        self, region: Region, choice: Assignment, seen: Observation, nodes: Sequence[fx.Node], compiled: bool
+    ) -> Lowered | None:
         if region.parent is not None and any(node in seen.random_steps for node in nodes):
             reason = "random ops inside of another region keep to the order of the program"
             self._summary.refuse(reason, region.where)
             return None
         try:
-            return Lowered(region, self._cutter.cut(region, choice, seen), choice)
+            return Lowered(region, self._cutter.cut(region, choice, seen, compiled), choice)
         except NotShippable as error:
             self._summary.refuse(str(error), region.where)
             return None

@@ -23,6 +23,7 @@ from mpsrun.wire.channel import LeadChannel
 POLL_S = 0.05
 SOUND_S = 5.0  # for a small kernel, behind what the device is at
 LINGER_S = 5.0  # for a worker that reported an error to end by itself
+COMPILE_S = 900.0  # for one job of a worker
 FIRST_RUN = 2.0  # a job's first run, which loads kernels, may take longer than a later one by this factor
 
 
@@ -60,6 +61,7 @@ class Watcher:
         self._when_started: Callable[[], None] | None = when_started
         self._describe = describe
         self._error: Exception | None = None
+        self._uncompiled: set[str] = set()  # the reasons that were told
         self._failures: dict[tuple[int, int], Exception] = {}
         self._closing = False
         self._thread = threading.Thread(target=self._watch, name="mpsrun-watcher", daemon=True)
@@ -138,6 +140,7 @@ class Watcher:
                     log.say(f"worker {link.index} is back (pid {link.pid})")
             case m.Prepared():
                 link.has_prepared(message.layout)
+                self._note_uncompiled(message)
             case m.Recorded():
                 link.recorded[message.relay] = message.reason
             case m.NoMemory():
@@ -151,6 +154,12 @@ class Watcher:
                 self._lose(link, f"{message.kind}: {message.text}", message)
         with self.changed:
             self.changed.notify_all()
+
+    def _note_uncompiled(self, message: m.Prepared) -> None:
+        """Say once for each reason that a branch could not be compiled."""
+        if message.uncompiled is not None and message.uncompiled not in self._uncompiled:
+            self._uncompiled.add(message.uncompiled)
+            log.say(f"worker {message.worker}: a branch cannot be compiled, it runs as it is ({message.uncompiled})")
 
     def _welcome(self, link: Link, ready: m.Ready) -> None:
         """A worker is there, or a process that shall take the place of one that is lost."""
@@ -218,7 +227,7 @@ class Watcher:
         stalled = [
             link
             for link in self._links
-            if link.lost is None and (link.stalled_s() > limit_s or link.preparing_s() > FIRST_RUN * limit_s)
+            if link.lost is None and (link.stalled_s() > limit_s or link.preparing_s() > self._first_run_s(link))
         ]
         if stalled:
             names = ", ".join(f"worker {link.index}" for link in stalled)
@@ -228,6 +237,10 @@ class Watcher:
             if link.pid is not None:
                 link.is_ended = True
                 self._end_worker(link.pid)
+
+    def _first_run_s(self, link: Link) -> float:
+        """For how long a worker may prepare one layout."""
+        return max(COMPILE_S if link.compiles else 0.0, FIRST_RUN * self._settings.timeout_s)
 
     def report(self, reason: str) -> None:
         """Tell all that is known of every process, before any of them is ended."""

@@ -161,12 +161,15 @@ class Worker:
 
     def _prepare(self, message: m.Prepare) -> None:
         self.executor.layouts[message.layout] = message
+        uncompiled = None
         if self.executor.jobs[message.job].unbound is None:
             before = flags()
             apply_flags(message.flags)
             try:
                 with self.device.share(*message.share):
-                    self.executor.warm_up(message)
+                    uncompiled = self.executor.compile(message) if message.compiled else None
+                    if not message.compiled or uncompiled is not None:
+                        self.executor.warm_up(message)
             except RuntimeError as error:
                 if not lacks_memory(error):
                     raise
@@ -174,7 +177,7 @@ class Worker:
                 return
             finally:
                 apply_flags(before)
-        self.channel.send(m.Prepared(self.index, message.layout, self.generation))
+        self.channel.send(m.Prepared(self.index, message.layout, self.generation, uncompiled))
 
     def _step(self, message: m.Forward | m.Backward) -> None:
         """Wait for the lead's tensors, compute, signal. On a GPU all three are only queued here."""

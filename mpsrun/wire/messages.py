@@ -15,7 +15,7 @@ import msgspec
 from mpsrun.device import ChunkHandle, TensorRef
 from mpsrun.graph.program import Program, State
 
-PROTOCOL = 4
+PROTOCOL = 5
 Percent = Annotated[int, msgspec.Meta(ge=0, le=100)]
 
 
@@ -105,7 +105,7 @@ class Prepare(msgspec.Struct, frozen=True, tag=True):
 
     Workers of one region share the number of their layout; `position` is the worker's place among them. `share`: where
     its share of the GPU's multiprocessors starts and how large it is, in percent. `flags`: the global settings for that
-    run, since cuDNN's choices at the first run are kept.
+    run, since cuDNN's choices at the first run are kept. `compiled`: whether Inductor is to compile the job before it.
     """
 
     layout: int
@@ -121,6 +121,7 @@ class Prepare(msgspec.Struct, frozen=True, tag=True):
     grad_inputs: list[Place]
     share: tuple[Percent, Percent] = (0, 100)
     flags: Flags | None = None
+    compiled: bool = False
 
 
 class Forget(msgspec.Struct, frozen=True, tag=True):
@@ -225,11 +226,12 @@ class Started(msgspec.Struct, frozen=True, tag=True):
 
 
 class Prepared(msgspec.Struct, frozen=True, tag=True):
-    """A layout has been run once and is ready."""
+    """A layout has been run once and is ready; `uncompiled`: why its job could not be compiled, where it was to be."""
 
     worker: int
     layout: int
     generation: int = 0
+    uncompiled: str | None = None
 
 
 class Recorded(msgspec.Struct, frozen=True, tag=True):

@@ -26,6 +26,8 @@ def test_options_before_the_script_are_ours() -> None:
 def test_shares_and_convolutions() -> None:
     config, _ = parse(["--worker-share", "40", "--tune-convolutions", "t.py"])
     assert config == Config(worker_share=40, tune_convolutions=True)
+    config, _ = parse(["--lanes", "workers", "--compile-branches", "t.py"])
+    assert config == Config(lanes="workers", compile_branches=True)
 
 
 @pytest.mark.parametrize("name", ["--log-dir", "--log_dir"])
@@ -65,6 +67,7 @@ WRONG = [
     (["--tune-convolutions", "--lanes", "workers", "t.py"], "--lanes auto for --tune-convolutions"),
     (["--adapt", "on", "--lanes", "serial", "t.py"], "--lanes auto for --adapt on"),
     (["--tune-convolutions=1", "t.py"], "--tune-convolutions alone"),
+    (["--compile-branches", "--lanes", "streams", "t.py"], "for --compile-branches, found --lanes streams"),
     (["--timeout", "0", "t.py"], "above 0"),
     (["--timeout", "nan", "t.py"], "above 0"),
     (["--strict=yes", "t.py"], "--strict alone"),

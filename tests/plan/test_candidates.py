@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from made import GPU, PATIENT, region
@@ -105,6 +106,21 @@ def test_convolutions_are_tuned_where_cudnn_may_choose() -> None:
     assert not any(c.plan.tuned for c in candidates(towers, [1], COSTS, True, captures=False, tunes=True))
     nothing = candidates([region(9, 9, pinned=(0, 1))], [], COSTS, True, captures=True, tunes=True)
     assert not any(candidate.plan.tuned for candidate in nothing)
+
+
+@pytest.mark.parametrize("captures", [False, True])
+def test_branches_are_compiled_where_that_is_asked_for(captures: bool) -> None:
+    """In one plan more than there would be: the best of those with workers."""
+    towers = [region(5000, 5000, 5000, 5000)]
+    usual = candidates(towers, [1, 2, 3], COSTS, True, captures=captures, captures_workers=captures)
+    found = candidates(towers, [1, 2, 3], COSTS, True, captures=captures, captures_workers=captures, compiles=True)
+    (made,) = [candidate for candidate in found if candidate.plan.compiled]
+    assert [candidate for candidate in found if candidate is not made] == [*usual]
+    best = next(candidate for candidate in usual if candidate.plan.workers)
+    assert (made.name, made.plan) == (f"{best.name}, compiled", replace(best.plan, compiled=True))
+    assert [*found] == sorted(found, key=lambda candidate: candidate.predicted_us)
+    alone = candidates(towers, [], COSTS, True, compiles=True)
+    assert not any(candidate.plan.compiled for candidate in alone)
 
 
 def test_an_algorithm_may_take_its_lane_s_part_of_what_is_free() -> None:

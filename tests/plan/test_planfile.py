@@ -113,6 +113,16 @@ def test_tuning_needs_a_recording_and_leave_to_choose() -> None:
     assert "must be captured" in (fits(replace(plan, captured=False), [region(1, 1)], 0) or "")
 
 
+def test_compiled_branches_are_those_of_workers_and_asked_for() -> None:
+    plan = Plan({0: Assignment((0, 1))}, compiled=True)
+    assert str(plan) == "branches compiled\nregion 0: lead | worker 1\n"
+    assert Plan.parse(str(plan)) == plan
+    assert Plan.parse(f"captured\n{plan}") == replace(plan, captured=True)
+    assert fits(plan, [region(1, 1)], 1) is None
+    assert "--compile-branches" in (fits(plan, [region(1, 1)], 1, compiles=False) or "")
+    assert "use workers" in (fits(replace(plan, regions={0: Assignment((0, -1))}), [region(1, 1)], 1) or "")
+
+
 def test_shares_need_a_device_that_has_them() -> None:
     plan = Plan({0: Assignment((0, -1), (100, 50))})
     assert fits(plan, [region(1, 1)], 0) is None

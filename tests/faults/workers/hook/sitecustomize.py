@@ -15,6 +15,7 @@ from typing import Any
 
 ORDERS = "MPSRUN_TEST_FAULTS"
 SOCKET_TIMEOUT_S = 1.0
+LINGER_S = 6.0  # more than the watchdog of these tests gives a worker for a first run
 
 
 def out_of_memory() -> None:
@@ -55,6 +56,7 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "OOM": out_of_memory,
     "hang": lambda: time.sleep(1e6),
     "spin": spinning,
+    "linger": lambda: time.sleep(LINGER_S),
     "cut": cut,
 }
 
@@ -88,15 +90,21 @@ def install(worker: str) -> None:
     def after(name: str, phase: str) -> None:
         real = getattr(Executor, name)
 
-        def call(*args: Any, **options: Any) -> None:
+        def call(*args: Any, **options: Any) -> Any:
             follow(worker, phase, but=FAULTS.keys() - {"OOM"})
-            real(*args, **options)
+            result = real(*args, **options)
             follow(worker, phase)
+            return result
 
         setattr(Executor, name, call)
 
     Worker._handle = handle_first  # type: ignore[method-assign]
-    for name, phase in (("forward", "forward"), ("backward", "backward"), ("warm_up", "prepare")):
+    for name, phase in (
+        ("forward", "forward"),
+        ("backward", "backward"),
+        ("warm_up", "prepare"),
+        ("compile", "compile"),
+    ):
         after(name, phase)
     channel.SOCKET_TIMEOUT_S = SOCKET_TIMEOUT_S  # type: ignore[misc]
 
