@@ -117,7 +117,11 @@ def this_run() -> dict[str, Any]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue  # a checkout on PYTHONPATH, or a package that is not there
-    return found | {"workers": config.current().worker_count(), "commit": commit()}
+    return found | {
+        "workers": config.current().worker_count(),
+        "adapt": config.current().adapt,
+        "commit": commit(),
+    }
 
 
 def commit() -> str:

@@ -232,12 +232,19 @@ class Graph:
         for i, candidate in enumerate(special.candidates):
             if i not in special.variants and not candidate.plan.is_serial:
                 special.variants[i] = maker.make(candidate.plan, special.seen, args)
+                special.whole_under = None
                 return False
+        stirs = self._coordinator.stirs if self._coordinator is not None else ()
+        if special.whole_under == stirs:
+            return True
         for i, variant in special.variants.items():
             variant.tend(args)
             if variant.lacks_memory:
                 tuning.no_memory(i)
-        return tuning.is_decided or all(v.is_ready() and v.is_whole() for v in special.variants.values())
+        if all(v.is_ready() and v.is_whole() for v in special.variants.values()):
+            special.whole_under = stirs
+            return True
+        return tuning.is_decided
 
     def _lost(self) -> list[int]:
         """The workers that nobody will take the places of."""

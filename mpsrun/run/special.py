@@ -45,7 +45,8 @@ class Special:
 
     candidates: the plans that it may run under, with `variants` of those that were made. tuning: chooses between them;
     None where there is only one. epoch: how many workers were lost when that one was planned. branch_us: by region
-    index, the measured times of its branches alone.
+    index, the measured times of its branches alone. whole_under: what `Coordinator.stirs` was when all variants could
+    run, which then need not be looked at in each of the steps that are compared.
     """
 
     description: str
@@ -56,6 +57,7 @@ class Special:
     tuning: Tuning | None = None
     variants: dict[int, Variant] = field(default_factory=dict)
     branch_us: _BranchUs = field(default_factory=dict)
+    whole_under: tuple[int, ...] | None = None
 
 
 class Planner:
