@@ -231,11 +231,15 @@ def _drop(state: State) -> tuple[State, Actions]:
 
 
 def _decide(state: State, why: str = "") -> tuple[State, Actions]:
-    """Keep the fastest that beat serial; of those dropped before, only where no challenger is left."""
+    """Keep the fastest that beat serial; of those dropped before, only where no challenger is left.
+
+    Of several that are as fast, the one that should be.
+    """
     table = state.table()
     able = [index for index in range(len(state.candidates)) if index not in state.out and index != state.serial]
     winners = [index for index in state.challengers or able if table.beats(index, state.serial)]
-    chosen = table.fastest(winners) if winners else state.serial
+    alike = table.alike(table.fastest(winners), winners) if winners else [state.serial]
+    chosen = min(alike, key=lambda index: state.candidates[index].predicted_us)
     verb = f"{why}; takes" if why else "keeps"
     return _settle(state, chosen, f"{verb} {table.reason(chosen, able)}")
 

@@ -9,6 +9,8 @@ from mpsrun.plan.ranks import chance_of, quartiles
 # A difference counts if chance makes it in one case of twenty, and if it is worth having.
 ALPHA = 0.05
 MIN_WIN = 0.01
+# Where steps wait for the launching thread, plans that differ on the GPU look like one.
+ALIKE = 0.02
 # Looking after every round and stopping at the first success would find chance's; so to stop early takes more.
 ALPHA_EARLY = 0.005
 
@@ -28,6 +30,11 @@ class Table:
     def fastest(self, indexes: Iterable[int]) -> int:
         """The one with the shortest median."""
         return min(indexes, key=self.median_us)
+
+    def alike(self, index: int, others: Iterable[int]) -> list[int]:
+        """Those of the others that are as fast, as far as can be told: within 2 %, and not beaten."""
+        limit_us = (1 + ALIKE) * self.median_us(index)
+        return [other for other in others if self.median_us(other) <= limit_us and not self.beats(index, other)]
 
     def beats(self, index: int, other: int, alpha: float = ALPHA) -> bool:
         """Whether a candidate is faster than another by more than the noise and by more than 1 %."""

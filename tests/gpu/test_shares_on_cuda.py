@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from captures import noted, on_captured
-from cuda.bindings import driver
 from networks import SMALL, Three, why_not_here
 from torch import nn
 from transparency import assert_same, assert_transparent, moved, trained
@@ -64,6 +63,8 @@ def with_shares(choice: Any) -> Any:
 
 def multiprocessors(stream: torch.cuda.Stream) -> int:
     """How many of them what is submitted to a stream may use."""
+    from cuda.bindings import driver
+
     status, context = driver.cuStreamGetGreenCtx(driver.CUstream(stream.cuda_stream))
     assert status == driver.CUresult.CUDA_SUCCESS, status
     if not int(context):  # the process's own context

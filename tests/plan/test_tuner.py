@@ -154,6 +154,17 @@ def test_a_loser_is_told_with_both_figures() -> None:
     )
 
 
+def test_of_two_that_look_alike_the_one_that_should_be_faster() -> None:
+    """Where steps wait for the launching thread, its tuning costs may hide what a plan saves on the GPU."""
+    slow, near, fast = (20_000.0,) * 6, (10_100.0,) * 6, (10_000.0,) * 6
+    for predicted_us, expected in (((3.0, 1.0, 2.0), 1), ((3.0, 2.0, 1.0), 2)):
+        candidates = tuple(replace(c, predicted_us=us) for c, us in zip(THREE, predicted_us, strict=True))
+        state = tuning(TURNS, (slow, near, fast), candidates=candidates)
+        assert advance(state, BudgetSpent())[0].decided == expected
+    clearly = tuning(TURNS, (slow, (10_500.0,) * 6, fast))
+    assert advance(clearly, BudgetSpent())[0].decided == 2
+
+
 def test_less_than_one_percent_is_not_worth_it() -> None:
     state, _ = start(contenders((1,)))
     while state.decided is None:
