@@ -72,13 +72,14 @@ def test_started_again(
 
 
 AGAIN = """
-import os, signal, time
+import contextlib, os, signal, time
 import psutil
 def worker():
     for _ in range(2000):
         for found in psutil.Process(os.getppid()).children():
-            if found.cmdline()[-len(role):] == role:
-                return found
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                if found.cmdline()[-len(role):] == role:
+                    return found
         time.sleep(.01)
 role = ["worker", "1"]
 first = worker()
