@@ -34,6 +34,13 @@ def on_gpu(daemon: None) -> Iterator[Coordinator]:
         yield coordinator
 
 
+@pytest.fixture(scope="module")
+def expendable(daemon: None) -> Iterator[Coordinator]:
+    """More workers than the tests of one file lose, under a short watchdog."""
+    with pool.running(Config(workers=7, lanes="workers", timeout_s=4.0, worker_restarts=0), "cuda") as coordinator:
+        yield coordinator
+
+
 @pytest.fixture(params=["as it is", "slow sides"])
 def sides(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Side streams that start late would show a main stream that does not wait."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from captures import noted, on_captured
+from captures import habits, noted, on_captured
 from networks import SMALL, Three, why_not_here
 from torch import Tensor, nn
 from transparency import assert_same, moved, trained
@@ -103,35 +103,10 @@ def test_habits(daemon: None, made: list[Captured]) -> None:
     generator = torch.Generator("cuda").manual_seed(2)
     for turn in range(4):
         batches = [torch.randn(5, 6, device="cuda", dtype=torch.float64, generator=generator) for _ in range(3)]
-        found, wanted = (habits(model, batches, turn) for model in (fast, plain))
+        found, wanted = (habits(model, batches, turn, slopes=True) for model in (fast, plain))
         for i, (a, b) in enumerate(zip(found, wanted, strict=True)):
             torch.testing.assert_close(a, b, msg=lambda text, at=(turn, i): f"{at}: {text}", **EXACT)
     assert sum(graph.replays for graph in made) >= 8
-
-
-def habits(model: nn.Module, batches: list[Tensor], turn: int) -> list[Tensor]:
-    model.zero_grad(set_to_none=bool(turn % 2))
-    first, second, third = (batch.clone().requires_grad_() for batch in batches)
-    a, b = model(first), model(second)
-    (a * b).sum().backward()
-    c = model(third)
-    c.sum().backward(retain_graph=True)
-    c.square().sum().backward()
-    (slope,) = torch.autograd.grad(model(third).square().sum(), third, create_graph=True)
-    slope.square().sum().backward()
-    with torch.no_grad():
-        evaluated = model(first)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        model(first).sum().backward()
-    torch.cuda.current_stream().wait_stream(side)
-    found = [a, b, c, evaluated, first.grad, second.grad, third.grad]
-    found += [p.grad.clone() for p in model.parameters()] + [buffer.clone() for buffer in model.buffers()]
-    if turn == 2:
-        for p in model.parameters():
-            p.data = p.data * 0.5
-    return [tensor.detach() for tensor in found]
 
 
 def test_a_host_sync_runs_uncaptured(daemon: None, made: list[Captured], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,15 +7,13 @@ import threading
 from collections.abc import Callable, Iterator
 
 import msgspec
-import pool
 import pytest
 import torch
-from captures import noted, on_captured_workers
+from captures import habits, noted, on_captured_workers
 from networks import SMALL, GoogLeNet, Three, images
 from torch import Tensor, nn
 from transparency import assert_executed, assert_same, moved, trained
 
-from mpsrun.config import Config
 from mpsrun.run import report
 from mpsrun.run.captured import Captured
 from mpsrun.run.coordinator import Coordinator
@@ -166,29 +164,6 @@ def test_habits(on_gpu: Coordinator, made: list[Captured]) -> None:
     assert sum(graph.replays for graph in made) >= 8
 
 
-def habits(model: nn.Module, batches: list[Tensor], turn: int) -> list[Tensor]:
-    model.zero_grad(set_to_none=bool(turn % 2))
-    first, second, third = (batch.clone().requires_grad_() for batch in batches)
-    a, b = model(first), model(second)
-    (a * b).sum().backward()
-    c = model(third)
-    c.sum().backward(retain_graph=True)
-    c.square().sum().backward()
-    with torch.no_grad():
-        evaluated = model(first)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        model(first).sum().backward()
-    torch.cuda.current_stream().wait_stream(side)
-    found = [a, b, c, evaluated, first.grad, second.grad, third.grad]
-    found += [p.grad.clone() for p in model.parameters()] + [buffer.clone() for buffer in model.buffers()]
-    if turn == 2:
-        for p in model.parameters():
-            p.data = p.data * 0.5
-    return [tensor.detach() for tensor in found]
-
-
 def test_memory_stays_flat(on_gpu: Coordinator, made: list[Captured]) -> None:
     fast = on_captured_workers(Three(64).to("cuda"), 2)
     losses(fast, 10)
@@ -197,13 +172,6 @@ def test_memory_stays_flat(on_gpu: Coordinator, made: list[Captured]) -> None:
     losses(fast, 200)
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() <= before + 1024
-
-
-@pytest.fixture(scope="module")
-def expendable(daemon: None) -> Iterator[Coordinator]:
-    """More workers than are lost here, under a short watchdog."""
-    with pool.running(Config(workers=7, lanes="workers", timeout_s=4.0, worker_restarts=0), "cuda") as coordinator:
-        yield coordinator
 
 
 def killed(coordinator: Coordinator, pid: int, _: pytest.MonkeyPatch) -> None:

@@ -4,29 +4,20 @@ import copy
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import msgspec
-import pool
 import pytest
 import torch
 from networks import Three
 from transparency import assert_same, on_lanes
 
-from mpsrun.config import Config
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.wire import messages as m
 
 pytestmark = pytest.mark.gpu
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 Fault = Callable[[Coordinator, int, pytest.MonkeyPatch], None]
-
-
-@pytest.fixture(scope="module")
-def expendable(daemon: None) -> Iterator[Coordinator]:
-    """More workers than the tests of this file lose, under a short watchdog."""
-    with pool.running(Config(workers=7, lanes="workers", timeout_s=4.0, worker_restarts=0), "cuda") as coordinator:
-        yield coordinator
 
 
 def killed(coordinator: Coordinator, pid: int, _: pytest.MonkeyPatch) -> None:
