@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import gc
 import json
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from tuned import Timed, auto_lanes, compiled
 from mpsrun import config
 from mpsrun.plan import tuner
 from mpsrun.plan.planfile import PlanFile
-from mpsrun.run import explain, plans, report, special
+from mpsrun.run import explain, plans, report, special, tuning
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.link import Link
 from mpsrun.wire.messages import Prepare
@@ -66,6 +68,19 @@ def test_the_fastest_is_kept(tuned: Coordinator, monkeypatch: pytest.MonkeyPatch
     before = report.graphs[0].calls
     train(sides, 4)
     assert report.graphs[0].calls == before + 4
+
+
+def test_a_network_that_is_dropped_leaves_nothing(tuned: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its plans keep recordings, with the activations of a step each; no other network may ever be tuned."""
+    Timed(monkeypatch, {"serial": 1000.0})
+    sides = both()
+    until_decided(sides)
+    last = weakref.ref(tuning._tuning())  # type: ignore[arg-type, misc]
+    assert last() is not None
+    del sides
+    torch._dynamo.reset()
+    gc.collect()
+    assert last() is None
 
 
 def test_serial_where_nothing_pays(tuned: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ class Timed:
 
         def periods(clock: StepClock) -> list[tuple[int, float]]:
             found = real(clock)
-            names = [candidate.name for candidate in tuning_module._tuning.candidates]  # type: ignore[union-attr]
+            names = [candidate.name for candidate in tuning_module._tuning().candidates]  # type: ignore[misc, union-attr]
             timed.names += [names[index] for index, _ in found]
             return [(i, timed.us.get(names[i], 1000.0) + 0.1 * k) for k, (i, _) in enumerate(found)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 
 from mpsrun import log
@@ -15,7 +16,7 @@ from mpsrun.run.stepclock import StepClock
 MOST_ABSENT_CALLS = 64
 
 _turn = threading.Lock()
-_tuning: Tuning | None = None  # one at a time: two would measure each other
+_tuning: weakref.ref[Tuning] | None = None  # one at a time: two would measure each other
 
 
 class Tuning:
@@ -89,10 +90,11 @@ class Tuning:
         """Whether it is this one's turn; `calls` counts the calls of all graphs."""
         global _tuning
         with _turn:
-            if _tuning is None or _tuning.is_decided or calls - _tuning._last_call > MOST_ABSENT_CALLS:
-                _tuning = self
+            other = _tuning() if _tuning is not None else None
+            if other is None or other.is_decided or calls - other._last_call > MOST_ABSENT_CALLS:
+                _tuning, other = weakref.ref(self), self  # a network that is dropped must not leave its recordings here
             self._last_call = calls
-            return _tuning is self
+            return other is self
 
     def prepared(self) -> None:
         """All candidates were made: they take turns again once they can run; until then the plan stays."""
