@@ -72,7 +72,7 @@ def test_shares_follow_the_costs_of_branches_that_are_alike() -> None:
     assert plan.regions[0] == Assignment((-2, -3, -1, -4), (69, 69, 92, 69))
     assert plan.regions[1] == Assignment((-2, -1, -3, -4))
     assert plan.regions[2] == Assignment((-1, -2, -3))
-    assert plan.regions[3] == Assignment((-1, -2, -3, -4, -5, -6, -7, -1), (75, *[37] * 6, 75))
+    assert plan.regions[3] == Assignment(tuple(-i for i in range(1, 9)), (37,) * 8)
 
 
 def test_kernels_that_fill_the_gpu_get_no_shares() -> None:
