@@ -19,7 +19,7 @@ from torch import fx, nn
 from benchmarks.cases import Case
 from benchmarks.steps import Stepper, spread, synchronize
 from mpsrun.run import variant
-from mpsrun.run.recorder import Recorder, Recording, recorder
+from mpsrun.run.recorder import Function, Recorder, Recording, recorder
 
 STEPS = 60
 
@@ -85,22 +85,28 @@ class _QuietRecorder:
     def era(self) -> Any:
         return self._real.era
 
+    @property
+    def may_free(self) -> bool:
+        return self._real.may_free
+
     def make_room(self) -> None:
         self._real.make_room()
 
-    def record(self, *args: Any) -> Recording:
+    def record(self, function: Function, forward: Recording | None = None) -> Recording:
         self._quiet.recordings += 1
-        return _QuietRecording(self._quiet, self._real.record(*args))
+        real = forward.real if isinstance(forward, _QuietRecording) else None
+        return _QuietRecording(self._quiet, self._real.record(function, real))
 
 
 class _QuietRecording:
     def __init__(self, quiet: Quiet, real: Recording) -> None:
-        self._quiet, self._real = quiet, real
+        self.real = real
+        self._quiet = quiet
         self._results: Any = None
 
     def replay(self) -> Any:
         if self._quiet.submits or self._results is None:
-            self._results = self._real.replay()
+            self._results = self.real.replay()
         return self._results
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from mpsrun.monitor import nvml
-from mpsrun.run import recorder, session
+from mpsrun.run import session
 
 MIB = 1 << 20
 WORKER_LIMIT_MIB = 600
@@ -65,7 +65,6 @@ class Meter:
     """Made before an engine is built; what is there already is none of the engine's."""
 
     def __init__(self, source: Allocator) -> None:
-        recorder.recorder.cache_clear()  # a pool of its own: in that of another engine some memory is free
         self._source = source
         source.tidy()
         self._before = source.held()

@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -127,6 +128,67 @@ def test_retain_graph_and_a_second_backward() -> None:
         return output
 
     Pair().both(twice)
+
+
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each forward that is recorded from now on, whether its backward may free what it reads."""
+    found: list[bool] = []
+
+    class Noted(replay.Body):
+        def __init__(self, *args: Any) -> None:
+            found.append(args[-1])
+            super().__init__(*args)
+
+    monkeypatch.setattr(captured, "Body", Noted)
+    return found
+
+
+def test_a_kept_graph_has_the_next_recording_keep_its_activations(
+    made: list[Captured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then backward uses their memory again, as in plain PyTorch."""
+    bodies = recordings(monkeypatch)
+    pair = Pair()
+    assert bodies == [True]
+
+    def twice(model: nn.Module) -> Tensor:
+        output = model(inputs(2))
+        output.sum().backward(retain_graph=True)
+        output.square().sum().backward()
+        return output
+
+    before = made[0].replays
+    for _ in range(3):
+        pair.both(twice)
+    assert bodies == [True, False]
+    assert made[0].replays == before + 3
+
+
+def test_outputs_whose_gradients_come_in_turn(made: list[Captured], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backward of one output, then of another: the recording cannot have freed what the second one reads."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = Three(8), Three(8)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.left(x), self.right(x)
+
+    bodies = recordings(monkeypatch)
+    torch.manual_seed(0)
+    plain = Heads().double()
+    fast = on_captured(copy.deepcopy(plain))
+    for step in range(6):
+        for model in (plain, fast):
+            model.zero_grad()
+            left, right = model(inputs(step))
+            left.sum().backward()
+            right.square().sum().backward()
+        for p, q in zip(fast.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, **EXACT)
+    assert bodies == [True, False]
+    assert made[0].replays == 4
 
 
 def test_a_graph_that_is_kept_is_not_overwritten(made: list[Captured]) -> None:
@@ -272,7 +334,7 @@ def test_settings_are_followed(made: list[Captured]) -> None:
 
 def test_what_cannot_be_recorded_runs_uncaptured(made: list[Captured], monkeypatch: pytest.MonkeyPatch) -> None:
     class Full:
-        era = 0
+        era, may_free = 0, True
 
         def make_room(self) -> None:
             raise torch.OutOfMemoryError("no memory for a recording")

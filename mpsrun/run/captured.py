@@ -35,6 +35,7 @@ class Captured:
     def __init__(self, subject: Subject, run: Callable[..., Any], recorder: Recorder) -> None:
         self.replays = 0
         self._subject, self._run, self._recorder = subject, run, recorder
+        self._frees = recorder.may_free
         self._body: Body | None = None
         self._recordings = 0
         self._settings: Settings | None = None  # those of the last call that ran as it is
@@ -56,6 +57,8 @@ class Captured:
     def _body_for(self, args: tuple[Any, ...]) -> Body | None:
         if self._body is not None and self._body.failed is not None and not self._body.is_busy:
             self._give_up(self._body.failed)
+        if self._body is not None and self._body.outgrown and not self._body.is_busy:
+            self._body, self._frees = None, False
         body, settings = self._body, (modes.flags(), modes.ambient(self._subject.kind), self._recorder.era)
         if body is not None and body.settings == settings and body.fits(args):
             return None if body.is_busy else body
@@ -73,7 +76,7 @@ class Captured:
             self._subject.recorded.add(self)
             if len(self._subject.recorded) > MOST_RECORDED:
                 raise NotShippable(f"{MOST_RECORDED} others of this graph are, for other sizes, modes and plans")
-            body = Body(self._subject, self._run, args, self._recorder, self._bumps, settings)
+            body = Body(self._subject, self._run, args, self._recorder, self._bumps, settings, self._frees)
             self._body = body if self._recorder.era == settings[2] else None  # another thread may have changed it
         except NotNow:
             self._recordings -= 1

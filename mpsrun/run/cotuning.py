@@ -119,6 +119,10 @@ class TunedRecorder:
     def era(self) -> object:
         return self._recorder.era
 
+    @property
+    def may_free(self) -> bool:
+        return self._recorder.may_free
+
     def make_room(self) -> None:
         self._recorder.make_room()
 

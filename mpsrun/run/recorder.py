@@ -1,7 +1,7 @@
 """Recordings: what a function submits to a GPU, kept as a CUDA graph that is replayed without its Python.
 
-A recording runs in memory of its own, that of one pool a process. Its results are the same tensors in every replay, and
-hold what the last one computed.
+A recording runs in memory of its own; that of a backward pass is its forward's. Its results are the same tensors in
+every replay, and hold what the last one computed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import functools
 import gc
 import threading
 import time
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -33,7 +32,13 @@ class Recording(Protocol):
 
 
 class Recorder(Protocol):
-    """Makes recordings on one device."""
+    """Makes recordings on one device.
+
+    may_free: whether a function is called only when it is recorded, so that the backward of a recorded forward may free
+    what it read: in each replay it is there again.
+    """
+
+    may_free: bool
 
     @property
     def era(self) -> object:
@@ -50,16 +55,16 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Records CUDA graphs, all on one stream and into one pool of memory.
+    """Records CUDA graphs, all on one stream, a forward with its backwards into one pool of memory.
 
-    Recordings may share a pool since their replays follow each other: `replay` puts them in order across streams.
+    They may share a pool since their replays follow each other: `replay` puts them in order across streams.
     """
+
+    may_free = True
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-        self._alive: weakref.WeakSet[_CudaRecording] = weakref.WeakSet()
         self._last = self._stream  # that of the last replay
         self._lock = threading.Lock()  # a script may train in several threads
 
@@ -79,13 +84,12 @@ class CudaRecorder:
                 f"a recording and a step beside it take {needed} MiB each, {free} MiB are free"
             )
 
-    def record(self, function: Function, forward: Recording | None = None) -> Recording:  # noqa: ARG002
+    def record(self, function: Function, forward: Recording | None = None) -> Recording:
         """Other threads go on meanwhile: only what this one does must be fit for a graph."""
-        if not self._alive:  # a pool ends with its last graph
-            self._pool = torch.cuda.graph_pool_handle()
+        pool = forward.pool if isinstance(forward, _CudaRecording) else torch.cuda.graph_pool_handle()
         graph, begin_s = torch.cuda.CUDAGraph(), time.perf_counter()
-        with self._lock, _uncollected(), self._on_stream(), restoring(self._device, self._pool):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        with self._lock, _uncollected(), self._on_stream(), restoring(self._device, pool):
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 results = function()
                 self._join_sides()
@@ -95,9 +99,7 @@ class CudaRecorder:
                 raise
             graph.capture_end()
         log.detail(f"a recording was made in {(time.perf_counter() - begin_s) * 1e3:.0f} ms")
-        recording = _CudaRecording(self, graph, results)
-        self._alive.add(recording)
-        return recording
+        return _CudaRecording(self, graph, pool, results)
 
     @contextlib.contextmanager
     def _on_stream(self) -> Iterator[None]:
@@ -143,7 +145,8 @@ def restoring(device: torch.device, pool: tuple[int, int]) -> Iterator[None]:
 
 
 class _CudaRecording:
-    def __init__(self, owner: CudaRecorder, graph: torch.cuda.CUDAGraph, results: Any) -> None:
+    def __init__(self, owner: CudaRecorder, graph: torch.cuda.CUDAGraph, pool: tuple[int, int], results: Any) -> None:
+        self.pool = pool
         self._owner, self._graph, self._results = owner, graph, results
 
     def replay(self) -> Any:
@@ -154,7 +157,7 @@ class _CudaRecording:
 class Repeater:
     """A CPU has no graphs: a replay calls the function again. Everything around a recording is the same."""
 
-    era = 0
+    era, may_free = 0, True
 
     def make_room(self) -> None:
         """There is no pool."""

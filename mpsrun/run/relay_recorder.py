@@ -24,6 +24,8 @@ from mpsrun.wire import messages as m
 class RelayRecorder:
     """Makes the recordings of one lowered graph; `strands` in the order in which it forks into them."""
 
+    may_free = False  # a backward runs once to take notes before it is recorded
+
     def __init__(self, inner: Recorder, strands: Sequence[Strand]) -> None:
         self._inner, self._strands = inner, strands
         self._owner = strands[0].crossing.owner
@@ -58,7 +60,7 @@ class RelayRecorder:
 
 
 class _Forward:
-    """A recorded forward: its slots, one execution of each crossing, and its relay."""
+    """A recorded forward: its slots, one execution of each crossing, and its relay; recording: of the lead's part."""
 
     def __init__(self, inner: Recorder, crossings: Sequence[Crossing], function: Function) -> None:
         self.owner = crossings[0].owner
@@ -77,7 +79,7 @@ class _Forward:
             with entered(self), relay.running():
                 return function()
 
-        self._recording = inner.record(run)
+        self.recording = inner.record(run)
         self.owner.wait_recorded(relay)
         self._is_recorded = True
 
@@ -92,7 +94,7 @@ class _Forward:
 
     def replay(self) -> Any:
         """Replay it in lead and workers."""
-        return self.owner.replay(self._relay, self._recording.replay)
+        return self.owner.replay(self._relay, self.recording.replay)
 
     def invocation(self, crossing: Crossing, args: tuple[Any, ...]) -> Invocation:
         """The one execution of a crossing, which is done again in each replay."""
@@ -157,7 +159,7 @@ class _Backward:
                 for invocation, _ in noted:
                     invocation.backward_relay = None
 
-        recording = self._inner.record(run)
+        recording = self._inner.record(run, self._forward.recording)
         owner.wait_recorded(relay)
         return (lambda: owner.replay(relay, recording.replay)) if relay.links else recording.replay
 

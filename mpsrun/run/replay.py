@@ -28,6 +28,7 @@ from mpsrun.wire.messages import Flags
 
 # What a recording was made under and cannot be changed afterwards; the era of the recorder.
 Settings = tuple[Flags, State, object]
+FREED = 0  # generations count from 1
 
 
 class Subject:
@@ -65,9 +66,9 @@ class Subject:
 class _Call:
     """One forward, and the backwards that may come.
 
-    args: what it was called with, until its backward is through. generation: which replay of the recording it was.
-    versions: of what backward reads again. spent: whether its backward came, and the script did not ask to keep the
-    graph.
+    args: what it was called with, until its backward is through. generation: which replay of the recording it was,
+    `FREED` once a backward has used its memory again. versions: of what backward reads again. spent: whether its
+    backward came, and the script did not ask to keep the graph.
     """
 
     body: Body
@@ -81,7 +82,8 @@ class _Call:
 class Body:
     """A recording of forward with its memory, and those of backward.
 
-    settings: what it was made under. failed: why its backward cannot be recorded, if so.
+    settings: what it was made under. failed: why its backward cannot be recorded, if so. outgrown: whether the script
+    asked for a second backward of a call, after the first one's recording had come to free what it read.
     """
 
     def __init__(
@@ -92,7 +94,9 @@ class Body:
         recorder: Recorder,
         bumps: dict[int, int],
         settings: Settings,
+        frees: bool,
     ) -> None:
+        """`frees`: whether backward may use the memory of what it has read again, as in plain PyTorch."""
         self.settings, self._state = settings, settings[1]
         self._subject, self._run, self._recorder = subject, run, recorder
         rounds = range(max(bumps.values(), default=0))
@@ -109,10 +113,12 @@ class Body:
         self._saved = [*self._gradients.saved]
         self._outputs: list[torch.Tensor] = []
         self._grad_outputs: dict[int, torch.Tensor] = {}
-        self._backwards: dict[tuple[int, ...], Recording | None] = {}
+        self._backwards: dict[tuple[int, ...], Recording] = {}
         self._keepers: dict[tuple[int, ...], Keeper] = {}
+        self._frees = frees
         self._generation = 0
         self.failed: RuntimeError | None = None
+        self.outgrown = False
         self._pending: Callable[[], _Call | None] = lambda: None
         recorder.make_room()
         self._forward = recorder.record(self._compute)
@@ -202,18 +208,22 @@ class Body:
         given = [gradient for gradient in gradients if gradient is not None]
         if not present:
             found: Sequence[torch.Tensor | None] = [None] * len(self._wanted)
-        elif not self._holds(call) or torch.is_grad_enabled() or modes.transformed(*given):
+        elif torch.is_grad_enabled() or modes.transformed(*given) or not self._serves(call, present):
             found = self._plainly(call, present, given)
         else:
-            found = self._replay_backward(present, given)
+            found = self._replay_backward(call, present, given)
         if not keeps_graph():
             call.spent = True
             if len(present) == sum(self.differentiable):
                 call.args = None
         return [*found]
 
-    def _holds(self, call: _Call) -> bool:
+    def _serves(self, call: _Call, present: tuple[int, ...]) -> bool:
         """Whether the memory of the recording is that of this call, and can be computed with."""
+        if self._frees and self._backwards:
+            self.outgrown |= call.generation == FREED or keeps_graph() or present not in self._backwards
+        if self.outgrown or self.failed is not None:
+            return False
         return call.generation == self._generation and self._recorder.era == self.settings[2]
 
     def _plainly(
@@ -237,24 +247,23 @@ class Body:
         )
 
     def _replay_backward(
-        self, present: tuple[int, ...], given: Sequence[torch.Tensor]
+        self, call: _Call, present: tuple[int, ...], given: Sequence[torch.Tensor]
     ) -> Sequence[torch.Tensor | None]:
         for i in present:
             if i not in self._grad_outputs:
                 self._grad_outputs[i] = torch.empty_like(self._outputs[i])
         copy_all([self._grad_outputs[i] for i in present], given)
         if present not in self._backwards:
-            self._backwards[present] = self._record_backward(present)
-        recording = self._backwards[present]
-        gathered = self._gathered(present) if recording is None else recording.replay()
+            self._frees = self._frees and not keeps_graph()
+            try:
+                self._backwards[present] = self._recorder.record(lambda: self._gathered(present), self._forward)
+            except RuntimeError as error:
+                self.failed = error
+                return self._plainly(call, present, given)
+        gathered = self._backwards[present].replay()
+        if self._frees:
+            call.generation = FREED
         return self._keepers[present].copies(gathered)
-
-    def _record_backward(self, present: tuple[int, ...]) -> Recording | None:
-        try:
-            return self._recorder.record(lambda: self._gathered(present), self._forward)
-        except RuntimeError as error:
-            self.failed = error
-            return None
 
     def _gathered(self, present: tuple[int, ...]) -> Gathered:
         found = self._grad_of(present)
@@ -263,14 +272,14 @@ class Body:
         return self._keepers[present].gather(found)
 
     def _grad_of(self, present: Sequence[int]) -> Sequence[torch.Tensor | None]:
-        """The gradients of the last forward, whose graph stays: the next replay fills it anew."""
+        """The gradients of the last forward. Where its graph stays it serves again: each replay fills it anew."""
         with torch.autocast(self._subject.kind, enabled=False):
             return torch.autograd.grad(
                 [self._outputs[i] for i in present],
                 [self._args[i] for i in self._wanted],
                 [self._grad_outputs[i] for i in present],
                 allow_unused=True,
-                retain_graph=True,
+                retain_graph=not self._frees,
             )
 
 

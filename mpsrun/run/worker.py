@@ -236,7 +236,13 @@ class Worker:
                         self.executor.backward(step)
                 self.device.signal([self._progress], [step.seq])
 
-        return _Relay(message.steps, maker.record(run), jobs)
+        return _Relay(message.steps, maker.record(run, self._forward_of(message)), jobs)
+
+    def _forward_of(self, message: m.Record) -> Recording | None:
+        """The recording whose backward is to be recorded, if it is one."""
+        invocation = message.steps[0].invocation
+        relays = (relay for relay in self._relays.values() if relay.steps[0].invocation == invocation)
+        return next((relay.recording for relay in relays if isinstance(relay.steps[0], m.Forward)), None)
 
     def _replay(self, message: m.Replay) -> None:
         """On a GPU this only queues a wait, a graph, and a signal."""

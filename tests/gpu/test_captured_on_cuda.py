@@ -128,7 +128,7 @@ def test_a_host_sync_runs_uncaptured(daemon: None, made: list[Captured], monkeyp
 def test_a_backward_that_cannot_be_captured(
     daemon: None, made: list[Captured], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It runs op by op, in the memory of the recording; later steps run uncaptured."""
+    """It runs op by op, forward anew; later steps run uncaptured."""
     record = CudaRecorder.record
     calls: list[object] = []
 
@@ -154,6 +154,42 @@ def test_no_room_beside_a_recording(
     losses(on_captured(Three(64).to("cuda")), 4)
     assert made[0].replays == 0
     assert "a recording and a step beside it" in capfd.readouterr().err
+
+
+class Deep(nn.Module):
+    """Two branches with 16 MiB of activations and 4 MiB of parameters a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inward = nn.Linear(6, 1024)
+        self.left, self.right = (nn.Sequential(*(self._layer() for _ in range(8))) for _ in range(2))
+        self.outward = nn.Linear(1024, 1)
+
+    @staticmethod
+    def _layer() -> nn.Module:
+        return nn.Sequential(nn.Linear(1024, 1024), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inward(x)
+        return self.outward(self.left(x) + self.right(x))
+
+
+def test_backward_uses_the_memory_of_activations_again(daemon: None, made: list[Captured]) -> None:
+    """Gradients are where activations were, as in plain PyTorch; where a script keeps graphs, they are beside them."""
+
+    def pool_bytes(keep: bool) -> int:
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        fast = on_captured(Deep().cuda())
+        for _ in range(4):
+            fast(torch.randn(4096, 6, device="cuda")).sum().backward(retain_graph=keep)
+            fast.zero_grad()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved() - before
+
+    pool_bytes(keep=True)  # what is set up at first use
+    assert pool_bytes(keep=False) < pool_bytes(keep=True) - (32 << 20)
+    assert sum(graph.replays for graph in made) >= 6
 
 
 def test_memory_stays_flat(daemon: None, made: list[Captured]) -> None:
