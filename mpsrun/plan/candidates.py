@@ -11,8 +11,8 @@ from mpsrun.plan.plan import CAPTURED, Assignment, Declined, Plan, decide, immov
 from mpsrun.plan.shares import by_cost, worth_a_try
 
 MAX_CANDIDATES = 6
-# More than the 8 hardware queues of a process (CUDA_DEVICE_MAX_CONNECTIONS), to which captured graphs are not bound: of 8
-# branches on 7 side streams one waits for another.
+# More than the 8 hardware queues of a process (CUDA_DEVICE_MAX_CONNECTIONS), to which captured graphs are not bound: of
+# 8 branches on 7 side streams one waits for another.
 SIDE_STREAMS = tuple(-i for i in range(1, 17))
 SERIAL = "serial"
 

@@ -32,13 +32,11 @@ class Recording(Protocol):
 
 
 class Recorder(Protocol):
-    """Makes recordings on one device.
+    """Makes recordings on one device."""
 
-    may_free: whether a function is called only when it is recorded, so that the backward of a recorded forward may free
-    what it read: in each replay it is there again.
-    """
-
-    may_free: bool
+    @property
+    def may_free(self) -> bool:
+        """Whether a backward may free what it reads: it is called only when it is recorded, and not before."""
 
     @property
     def era(self) -> object:
@@ -86,7 +84,7 @@ class CudaRecorder:
 
     def record(self, function: Function, forward: Recording | None = None) -> Recording:
         """Other threads go on meanwhile: only what this one does must be fit for a graph."""
-        pool = forward.pool if isinstance(forward, _CudaRecording) else torch.cuda.graph_pool_handle()
+        pool: Any = forward.pool if isinstance(forward, _CudaRecording) else torch.cuda.graph_pool_handle()
         graph, begin_s = torch.cuda.CUDAGraph(), time.perf_counter()
         with self._lock, _uncollected(), self._on_stream(), restoring(self._device, pool):
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
@@ -145,7 +143,7 @@ def restoring(device: torch.device, pool: tuple[int, int]) -> Iterator[None]:
 
 
 class _CudaRecording:
-    def __init__(self, owner: CudaRecorder, graph: torch.cuda.CUDAGraph, pool: tuple[int, int], results: Any) -> None:
+    def __init__(self, owner: CudaRecorder, graph: torch.cuda.CUDAGraph, pool: Any, results: Any) -> None:
         self.pool = pool
         self._owner, self._graph, self._results = owner, graph, results
 
