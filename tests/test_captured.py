@@ -17,8 +17,9 @@ from transparency import assert_same, moved, trained
 
 from mpsrun import config
 from mpsrun.plan.planfile import PlanFile
-from mpsrun.run import backend, captured, plans, replay, report, verify
+from mpsrun.run import backend, captured, keeping, plans, replay, report, verify
 from mpsrun.run.captured import Captured
+from mpsrun.run.replay import Thrift
 from mpsrun.run.special import Planner
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
@@ -130,9 +131,9 @@ def test_retain_graph_and_a_second_backward() -> None:
     Pair().both(twice)
 
 
-def recordings(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Of each forward that is recorded from now on, whether its backward may free what it reads."""
-    found: list[bool] = []
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Thrift]:
+    """The thrift of each forward that is recorded from now on."""
+    found: list[Thrift] = []
 
     class Noted(replay.Body):
         def __init__(self, *args: Any) -> None:
@@ -149,7 +150,7 @@ def test_a_kept_graph_has_the_next_recording_keep_its_activations(
     """Until then backward uses their memory again, as in plain PyTorch."""
     bodies = recordings(monkeypatch)
     pair = Pair()
-    assert bodies == [True]
+    assert bodies == [(True, True)]
 
     def twice(model: nn.Module) -> Tensor:
         output = model(inputs(2))
@@ -160,7 +161,7 @@ def test_a_kept_graph_has_the_next_recording_keep_its_activations(
     before = made[0].replays
     for _ in range(3):
         pair.both(twice)
-    assert bodies == [True, False]
+    assert bodies == [(True, True), (False, True)]
     assert made[0].replays == before + 3
 
 
@@ -187,8 +188,34 @@ def test_outputs_whose_gradients_come_in_turn(made: list[Captured], monkeypatch:
             right.square().sum().backward()
         for p, q in zip(fast.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(p.grad, q.grad, **EXACT)
-    assert bodies == [True, False]
+    assert bodies == [(True, True), (False, True)]
     assert made[0].replays == 4
+
+
+@pytest.mark.parametrize("habit", ["keeps", "accumulates"])
+def test_large_gradients_are_copied_once_one_was_kept(
+    made: list[Captured], monkeypatch: pytest.MonkeyPatch, habit: str
+) -> None:
+    monkeypatch.setattr(keeping, "LARGE_BYTES", 0)
+    bodies = recordings(monkeypatch)
+    pair = Pair()
+    kept: list[Tensor] = []
+
+    def step(model: nn.Module, keeps: bool) -> list[Tensor]:
+        if not (keeps and habit == "accumulates"):
+            model.zero_grad()
+        model(inputs(2)).square().sum().backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        kept.extend(grads if keeps and habit == "keeps" else ())
+        return [grad.clone() for grad in grads]
+
+    for _ in range(keeping.STEPS_BEFORE_LENDING + 3):
+        pair.both(lambda model: step(model, False))
+    assert bodies == [(True, True)]
+    for _ in range(3):
+        pair.both(lambda model: step(model, True))
+    assert bodies == [(True, True), (True, False)]
+    assert made[0].replays == 1 + keeping.STEPS_BEFORE_LENDING + 3 + 3
 
 
 def test_a_graph_that_is_kept_is_not_overwritten(made: list[Captured]) -> None:

@@ -1,4 +1,6 @@
-"""Copies of gradients in memory that may be kept."""
+"""Gradients in memory that may be kept."""
+
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -29,7 +31,7 @@ def test_copies_are_equal_and_own(monkeypatch: pytest.MonkeyPatch, name: str, la
     given = KINDS[name]
     before = [None if x is None else x.clone() for x in given]
     keeper = Keeper(given)
-    first, second = (keeper.copies(keeper.gather(given)) for _ in range(2))
+    first, second = (keeper.hand_out(keeper.gather(given)) for _ in range(2))
     assert [x is None for x in first] == [x is None for x in given]
     for copy in (x for x in first if x is not None):
         copy.mul_(7)
@@ -45,19 +47,93 @@ def test_copies_are_equal_and_own(monkeypatch: pytest.MonkeyPatch, name: str, la
 
 def test_next_gradients_leave_earlier_copies_alone() -> None:
     keeper = Keeper(given := [torch.ones(3), torch.ones(2, 2)])
-    first = keeper.copies(keeper.gather(given))
+    first = keeper.hand_out(keeper.gather(given))
     for gradient in given:
         gradient.zero_()
-    keeper.copies(keeper.gather(given))
+    keeper.hand_out(keeper.gather(given))
     assert all(x is not None and x.eq(1).all() for x in first)
 
 
 def test_copies_do_not_share_memory_or_versions() -> None:
     keeper = Keeper(given := [torch.zeros(3), torch.zeros(2, 2)])
-    first, second = keeper.copies(keeper.gather(given))
+    first, second = keeper.hand_out(keeper.gather(given))
     assert first is not None
     assert second is not None
     before = second._version
     first.add_(7)
     assert second.eq(0).all()
     assert second._version == before
+
+
+class Steps:
+    """Steps whose gradients a recording makes in the same memory each time; `kept` is what the script still has."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, gradients: list[Tensor], others: Sequence[Tensor] = ()) -> None:
+        monkeypatch.setattr(keeping, "LARGE_BYTES", 0)
+        self.gradients = gradients
+        self.keeper = Keeper(gradients, True, others)
+        self._gathered = self.keeper.gather(gradients)
+        self.kept: list[Tensor | None] = []
+
+    def step(self) -> bool:
+        """Whether what was lent is back before it."""
+        back = self.keeper.are_back()
+        self.kept = self.keeper.hand_out(self._gathered)
+        return back
+
+    def drop(self, steps: int) -> None:
+        for _ in range(steps):
+            assert self.step()
+            self.kept = []
+
+    @property
+    def are_lent(self) -> list[bool]:
+        own = {gradient.untyped_storage().data_ptr() for gradient in self.gradients}
+        return [kept is not None and kept.untyped_storage().data_ptr() in own for kept in self.kept]
+
+
+def test_lent_to_a_script_that_drops_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(monkeypatch, [torch.ones(4), torch.ones(2, 3).t(), torch.ones(4, dtype=torch.float64)])
+    for _ in range(keeping.STEPS_BEFORE_LENDING):
+        assert steps.step()
+        assert not any(steps.are_lent)
+        steps.kept = []
+    assert steps.step()
+    assert all(steps.are_lent)
+    assert [kept.stride() for kept in steps.kept if kept is not None] == [(1,), (1, 3), (1,)]
+
+
+def test_one_step_that_keeps_them_starts_the_count_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(monkeypatch, [torch.ones(4)])
+    steps.drop(keeping.STEPS_BEFORE_LENDING - 1)
+    steps.step()
+    kept = steps.kept
+    assert steps.step()
+    steps.kept = []
+    steps.drop(keeping.STEPS_BEFORE_LENDING - 2)
+    assert steps.step()
+    assert not any(steps.are_lent)
+    assert kept[0] is not None
+    assert kept[0].eq(1).all()
+
+
+@pytest.mark.parametrize("keep", [lambda x: x, lambda x: x.detach(), lambda x: x[1:]])
+def test_what_is_lent_and_kept_is_found_out(monkeypatch: pytest.MonkeyPatch, keep: Callable[[Tensor], object]) -> None:
+    steps = Steps(monkeypatch, [torch.ones(4), torch.ones(8)])
+    steps.drop(keeping.STEPS_BEFORE_LENDING + 3)
+    steps.step()
+    assert steps.kept[1] is not None
+    kept = keep(steps.kept[1])
+    steps.kept = []
+    assert not steps.keeper.are_back()
+    del kept
+    assert steps.keeper.are_back()
+
+
+def test_what_shares_memory_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two parameters with one gradient: in-place changes of one must not reach the other, nor an output."""
+    one, output = torch.ones(4), torch.ones(8)
+    steps = Steps(monkeypatch, [one, one.view(2, 2), torch.ones(4), output[4:]], [output])
+    steps.drop(keeping.STEPS_BEFORE_LENDING)
+    steps.step()
+    assert steps.are_lent == [False, False, True, False]

@@ -18,7 +18,7 @@ from mpsrun import log
 from mpsrun.errors import NotNow, NotShippable
 from mpsrun.run import state as modes
 from mpsrun.run.recorder import Recorder
-from mpsrun.run.replay import Body, Settings, Subject
+from mpsrun.run.replay import Body, Settings, Subject, Thrift
 
 # Whoever moves parameters or changes settings more often than this is served better without recordings.
 MOST_RECORDINGS = 4
@@ -35,7 +35,7 @@ class Captured:
     def __init__(self, subject: Subject, run: Callable[..., Any], recorder: Recorder) -> None:
         self.replays = 0
         self._subject, self._run, self._recorder = subject, run, recorder
-        self._frees = recorder.may_free
+        self._thrift = Thrift(frees=recorder.may_free, lends=True)
         self._body: Body | None = None
         self._recordings = 0
         self._settings: Settings | None = None  # those of the last call that ran as it is
@@ -58,10 +58,14 @@ class Captured:
         if self._body is not None and self._body.failed is not None and not self._body.is_busy:
             self._give_up(self._body.failed)
         if self._body is not None and self._body.outgrown and not self._body.is_busy:
-            self._body, self._frees = None, False
+            self._body, self._thrift = None, self._thrift._replace(frees=False)
         body, settings = self._body, (modes.flags(), modes.ambient(self._subject.kind), self._recorder.era)
         if body is not None and body.settings == settings and body.fits(args):
-            return None if body.is_busy else body
+            if body.is_busy:
+                return None
+            if body.is_free():
+                return body
+            self._thrift = self._thrift._replace(lends=False)
         if self._recordings >= MOST_RECORDINGS and body is not None and not body.is_busy:
             times = f"it was recorded {MOST_RECORDINGS} times, as parameters moved, or settings or workers changed"
             self._give_up(NotShippable(times))
@@ -70,13 +74,13 @@ class Captured:
             return None
         if body is not None and body.is_busy:
             return None
-        self._body = None  # its memory is free for the next one
+        body = self._body = None  # its memory is free for the next one
         self._recordings += 1
         try:
             self._subject.recorded.add(self)
             if len(self._subject.recorded) > MOST_RECORDED:
                 raise NotShippable(f"{MOST_RECORDED} others of this graph are, for other sizes, modes and plans")
-            body = Body(self._subject, self._run, args, self._recorder, self._bumps, settings, self._frees)
+            body = Body(self._subject, self._run, args, self._recorder, self._bumps, settings, self._thrift)
             self._body = body if self._recorder.era == settings[2] else None  # another thread may have changed it
         except NotNow:
             self._recordings -= 1

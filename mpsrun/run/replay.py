@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -79,6 +79,17 @@ class _Call:
     spent: bool = False
 
 
+class Thrift(NamedTuple):
+    """How memory is saved, as long as the script lets it.
+
+    frees: backward uses the memory of what it has read again, as in plain PyTorch. lends: it leaves the script large
+    gradients where they are.
+    """
+
+    frees: bool
+    lends: bool
+
+
 class Body:
     """A recording of forward with its memory, and those of backward.
 
@@ -94,9 +105,8 @@ class Body:
         recorder: Recorder,
         bumps: dict[int, int],
         settings: Settings,
-        frees: bool,
+        thrift: Thrift,
     ) -> None:
-        """`frees`: whether backward may use the memory of what it has read again, as in plain PyTorch."""
         self.settings, self._state = settings, settings[1]
         self._subject, self._run, self._recorder = subject, run, recorder
         rounds = range(max(bumps.values(), default=0))
@@ -115,7 +125,7 @@ class Body:
         self._grad_outputs: dict[int, torch.Tensor] = {}
         self._backwards: dict[tuple[int, ...], Recording] = {}
         self._keepers: dict[tuple[int, ...], Keeper] = {}
-        self._frees = frees
+        self._frees, self._lends = thrift
         self._generation = 0
         self.failed: RuntimeError | None = None
         self.outgrown = False
@@ -154,6 +164,10 @@ class Body:
         """Whether the activations of the last call may still be needed."""
         call = self._pending()
         return call is not None and not call.spent
+
+    def is_free(self) -> bool:
+        """Whether the script has nothing that the next forward would overwrite; to be asked once before each."""
+        return all(keeper.are_back() for keeper in self._keepers.values())
 
     def fits(self, args: Sequence[Any]) -> bool:
         """Whether everything is where it was, and as large."""
@@ -263,12 +277,13 @@ class Body:
         gathered = self._backwards[present].replay()
         if self._frees:
             call.generation = FREED
-        return self._keepers[present].copies(gathered)
+        return self._keepers[present].hand_out(gathered)
 
     def _gathered(self, present: tuple[int, ...]) -> Gathered:
         found = self._grad_of(present)
         if present not in self._keepers:
-            self._keepers[present] = Keeper(found)
+            others = [*self._grad_outputs.values(), *self._outputs, *_tensors(self._args)]
+            self._keepers[present] = Keeper(found, self._frees and self._lends, others)
         return self._keepers[present].gather(found)
 
     def _grad_of(self, present: Sequence[int]) -> Sequence[torch.Tensor | None]:

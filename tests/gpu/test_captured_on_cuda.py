@@ -156,6 +156,35 @@ def test_no_room_beside_a_recording(
     assert "a recording and a step beside it" in capfd.readouterr().err
 
 
+def test_large_gradients_stay_valid(daemon: None, made: list[Captured]) -> None:
+    """Handed out without a copy while the script drops them, they are the script's all the same, whatever it does."""
+    torch.manual_seed(0)
+    plain = Three(8192).to("cuda", torch.float64)
+    fast = on_captured(copy.deepcopy(plain))
+    seen = []
+    for model in (plain, fast):
+        torch.manual_seed(1)
+        kept, found = [], []
+        for step in range(32):
+            if step < 12 or step >= 28:
+                model.zero_grad()
+            loss = model(torch.randn(16, 6, device="cuda", dtype=torch.float64)).square().mean()
+            if 12 <= step < 20:
+                model.zero_grad()  # after forward
+            loss.backward()
+            with torch.no_grad():
+                model(torch.randn(16, 6, device="cuda", dtype=torch.float64))
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            if step in (9, 10, 18, 30):
+                kept.append(grads)
+            found.append([grad.clone() for grad in grads])
+        seen.append(found + kept)
+    for i, (wanted, got) in enumerate(zip(*seen, strict=True)):
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(a, b, msg=lambda text, at=i: f"{at}: {text}", **EXACT)
+    assert made[0].replays >= 24
+
+
 class Deep(nn.Module):
     """Two branches with 16 MiB of activations and 4 MiB of parameters a layer."""
 
