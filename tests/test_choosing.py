@@ -70,6 +70,23 @@ def test_the_fastest_is_kept(tuned: Coordinator, monkeypatch: pytest.MonkeyPatch
     assert report.graphs[0].calls == before + 4
 
 
+def test_what_other_candidates_needed_is_given_back(tuned: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, when it is known which plan is kept: to ask the GPU for memory again costs time."""
+    seen: list[int] = []
+    trim = Coordinator.trim
+
+    def noted(self: Coordinator) -> None:
+        seen.append(len(plans._saved.graphs))
+        trim(self)
+
+    monkeypatch.setattr(Coordinator, "trim", noted)
+    Timed(monkeypatch, {"serial": 500.0})
+    sides = both()
+    until_decided(sides)
+    train(sides, 4)
+    assert seen == [1]
+
+
 def test_a_network_that_is_dropped_leaves_nothing(tuned: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its plans keep recordings, with the activations of a step each; no other network may ever be tuned."""
     Timed(monkeypatch, {"serial": 1000.0})

@@ -200,12 +200,13 @@ class Planner:
         epoch = special.epoch
 
         def decided(chosen: int) -> None:
+            is_first = special.description in self._summary.undecided
             self._summary.undecided.discard(special.description)
             self._chosen(special, chosen)
             # what a lost worker left to choose from, and what a load made of it, is not for other runs
             if tuning.is_home and (owner is None or owner.epoch == epoch):
                 self._cache(special, chosen)
-            if tuning.is_short_of_memory and owner is not None:
+            if owner is not None and (is_first or tuning.is_short_of_memory):  # what only other candidates needed
                 owner.trim()
 
         def can_run() -> bool:
