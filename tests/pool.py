@@ -29,7 +29,7 @@ def start(settings: Config = SHARED, kind: str = "cpu", healthy: bool = True) ->
         config.current.cache_clear()
         config.current()
         # One thread a worker, as in the lead: the same kernels run, whatever machine this is.
-        patch.setattr("mpsrun.run.coordinator.available_cores", lambda: 1)
+        patch.setattr("mpsrun.run.pool.available_cores", lambda: 1)
         coordinator = session.coordinator(kind)
     assert coordinator is not None, session.why_none()
     wait_until(lambda: all(link.started or link.lost for link in coordinator.links), START_S)

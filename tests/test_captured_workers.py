@@ -96,9 +96,9 @@ def test_one_message_for_all_regions(made: list[Captured], workers: Coordinator)
     fast = trained(on_captured_workers(GoogLeNet().double(), 1))
     for number in range(5):
         given = tuple(moved(x, "cpu", torch.float64) for x in images())
-        before = workers._sequence
+        before = workers.pool.sequence
         fast.step(given, number)
-    assert workers._sequence == before + 2
+    assert workers.pool.sequence == before + 2
     counters = workers.device.read_counters(wait=True)
     assert counters is not None
     assert (counters[STEP], counters[workers.links[0].progress]) == (9, 9)

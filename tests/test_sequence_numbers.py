@@ -6,7 +6,8 @@ import torch
 from networks import Three
 from transparency import TOLERANCE, Trained, assert_same, on_lanes, trained
 
-from mpsrun.run.coordinator import LEVEL_EVERY, Coordinator
+from mpsrun.run.coordinator import Coordinator
+from mpsrun.run.pool import LEVEL_EVERY
 
 
 def pair(workers: int) -> tuple[Trained, Trained]:
@@ -26,9 +27,9 @@ def test_an_idle_worker_is_not_taken_to_be_ahead(workers: Coordinator) -> None:
         check(alone, seed)
         check(both, seed)
     for turn in range(1, 17):  # twice around
-        workers._sequence = (turn * LEVEL_EVERY - 2) & 0xFFFFFFFF
+        workers.pool.sequence = (turn * LEVEL_EVERY - 2) & 0xFFFFFFFF
         for seed in range(2):
             check(alone, seed)
         if turn % 5 == 0:
             check(both, turn)
-    assert workers._sequence < LEVEL_EVERY
+    assert workers.pool.sequence < LEVEL_EVERY

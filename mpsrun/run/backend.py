@@ -282,7 +282,7 @@ class Graph:
         variant = special.variants[0] = maker.make(candidate.plan, special.seen, args)
         plans.keep(plans.fingerprint(special.key), special.description, candidate.plan)
         owner = self._coordinator
-        if owner is not None and not owner.wait_ready(variant.crossings):
+        if owner is not None and not owner.setup.wait_ready(variant.crossings):
             log.say("the workers did not get ready in time; the network runs in the lead until they are")
 
 

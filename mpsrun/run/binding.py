@@ -34,7 +34,7 @@ class Binding:
             return
         with owner.lock:
             for strand, places in zip(self._strands, self._places, strict=True):
-                owner.bind(strand.crossing, {arg: args[place] for arg, place in places.items()})
+                owner.setup.bind(strand.crossing, {arg: args[place] for arg, place in places.items()})
         shares = [share for strand in self._strands for share in strand.crossing.shares]
         self._chunks = tuple({chunk for share in shares for chunk in share.chunks})
         self._pointers = pointers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from mpsrun.run.coordinator import Coordinator
     from mpsrun.run.link import Link
     from mpsrun.run.relay import Relay
+
+_ids = itertools.count(1)
 
 
 @dataclass(eq=False)
@@ -137,6 +140,10 @@ class Crossing:
             "flats": [flat.whole for flat in self.flats],
         }
 
+    def is_ready(self) -> bool:
+        """Whether every worker has prepared its part, or has no memory for it."""
+        return all(link.answered(self.layout) for link in self.links)
+
     def is_open(self) -> bool:
         """Whether all of its workers are there and have prepared it; otherwise the lead computes the region.
 
@@ -171,7 +178,8 @@ class Crossing:
     def __del__(self) -> None:
         if self.is_replaced:
             return
-        self.owner.forget([(share.link, share.layout.layout, share.job) for share in self.shares])
+        for share in self.shares:
+            self.owner.garbage.forget(share.link, share.layout.layout, share.job)
 
     def tensors(self, room: Room, part: str) -> list[torch.Tensor]:
         """The tensors of one part of this crossing in a slot."""
@@ -220,7 +228,7 @@ class Invocation:
     def __init__(self, crossing: Crossing, args: tuple[Any, ...]) -> None:
         self.crossing = crossing
         self.args: tuple[Any, ...] | None = args
-        self.id = crossing.owner.next_invocation()
+        self.id = next(_ids)
         self.stream = crossing.owner.device.stream_key()
         self.state = modes.ambient(crossing.device.type)  # here, since inside of a Function grad mode is always off
         self.room: Room | None = None
@@ -252,7 +260,7 @@ class Invocation:
         self.args = None
         idle = [link for link in self.crossing.links if link not in self.asked]
         if idle:
-            self.crossing.owner.abandon(idle, self.id)
+            self.crossing.owner.garbage.abandon(idle, self.id)
         self.release()
 
     def release_backward(self) -> None:
@@ -262,7 +270,7 @@ class Invocation:
 
     def __del__(self) -> None:
         if self.room is not None and self.crossing.grad:
-            self.crossing.owner.abandon(self.crossing.links, self.id)
+            self.crossing.owner.garbage.abandon(self.crossing.links, self.id)
         self.release()
 
 

@@ -66,7 +66,7 @@ def _open(invocation: Invocation, args: tuple[Any, ...]) -> bool:
     crossing, owner = invocation.crossing, invocation.crossing.owner
     try:
         if owner.crowded:
-            owner.bind(crossing, args)
+            owner.setup.bind(crossing, args)
         invocation.room = owner.take(crossing.forward_bytes)
     except (NotShippable, torch.OutOfMemoryError) as error:
         log.detail(f"a region runs in the lead: {error}")
@@ -120,7 +120,7 @@ def _publish(invocation: Invocation, args: Sequence[Any]) -> None:
         copy_all(targets, sources)
         slot = m.Slot(room.chunk.id, room.offset_bytes)
         rngs, invocation.random_start = philox.reserve(crossing)
-        invocation.sequence = seq = owner.next_sequence()
+        invocation.sequence = seq = owner.pool.next_sequence()
         flags = owner.changed_flags(crossing.links)
         message = m.Forward(seq, invocation.id, crossing.layout, slot, invocation.state, flags, rngs)
         invocation.forward = Handed(message, tuple(share.statics for share in crossing.shares))
@@ -263,7 +263,7 @@ def _publish_gradients(invocation: Invocation, gradients: Sequence[torch.Tensor 
         room = owner.take(crossing.backward_bytes)
         views = crossing.tensors(room, "grad_outputs")
         copy_all([views[i] for i in gathering.outputs], given)
-        slot, seq = m.Slot(room.chunk.id, room.offset_bytes), owner.next_sequence()
+        slot, seq = m.Slot(room.chunk.id, room.offset_bytes), owner.pool.next_sequence()
         flags = owner.changed_flags(gathering.links)
         message = m.Backward(seq, invocation.id, crossing.layout, slot, gathering.tasks, keep, flags)
         invocation.backward = BackwardWork(room, gathering, seq)

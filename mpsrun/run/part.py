@@ -156,13 +156,13 @@ class Part:
         if reason is not None:
             log.say(f"{strand.where}: runs in the lead from now on: {reason}")
             return None
-        strand.crossing = coordinator.renew(strand.crossing, [self._value(node, args) for node in strand.args])
+        strand.crossing = coordinator.setup.renew(strand.crossing, [self._value(node, args) for node in strand.args])
         return job
 
     def _new_job(self, coordinator: Coordinator, worker: int, args: Sequence[Any], seen: Observation) -> Job:
         cutter = Cutter(coordinator, self._effects, self._gm.graph.output_node().all_input_nodes)
         (strand,) = cutter.cut(self._region, Assignment((worker,)), seen).strands
-        coordinator.prepare(strand.crossing, [self._value(node, args) for node in strand.args])
+        coordinator.setup.prepare(strand.crossing, [self._value(node, args) for node in strand.args])
         binding = Binding([strand], self._inputs)
         return Job(strand, binding, self._line(worker, strand.crossing.shares[0].job))
 

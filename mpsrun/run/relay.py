@@ -6,17 +6,20 @@ How the steps are kept in order is told in docs/decisions.md, "Captured worker l
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from mpsrun.device.arena import Room
+from mpsrun.errors import NotNow, NotShippable
 from mpsrun.run.link import STEP, SUBMITTED, Link, Work
 
 if TYPE_CHECKING:
     from mpsrun.run.coordinator import Coordinator
     from mpsrun.run.crossing import Crossing, Gathering, Invocation
 
+_numbers = itertools.count(1)
 _local = threading.local()
 
 
@@ -38,7 +41,7 @@ class Relay:
     """
 
     def __init__(self, owner: Coordinator, steps: Sequence[Step]) -> None:
-        self.owner, self.steps, self.number = owner, tuple(steps), owner.next_relay()
+        self.owner, self.steps, self.number = owner, tuple(steps), next(_numbers)
         self.links = tuple(dict.fromkeys(link for step in steps for link in step.links))
         self.done = tuple(link.done for link in self.links)
         self.reset = (STEP, *(link.progress for link in self.links), SUBMITTED)
@@ -50,6 +53,19 @@ class Relay:
     def of(self, link: Link) -> tuple[Work, ...]:
         """The steps of one worker."""
         return self._works[link]
+
+    def is_recorded(self) -> bool:
+        """Whether all workers have recorded their parts.
+
+        Raises `NotShippable` with the reason of one that could not, and `NotNow` where one was lost.
+        """
+        if any(link.lost is not None for link in self.links):
+            raise NotNow("a worker was lost")
+        waiting = [link for link in self.links if self.number not in link.recorded]
+        for link in self.links:
+            if reason := link.recorded.get(self.number):
+                raise NotShippable(f"in worker {link.index}: {reason}")
+        return not waiting
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -68,7 +84,8 @@ class Relay:
     def wait(self, crossing: Crossing) -> None:
         """Wait until all workers of a step have finished it."""
         number = self._numbers[crossing]
-        self.owner.wait_for_step(tuple(link.progress for link in self.steps[number - 1].links), number)
+        counters = [link.progress for link in self.steps[number - 1].links]
+        self.owner.pool.wait(counters, [number] * len(counters))
 
     def room(self, crossing: Crossing, gathering: Gathering) -> Room:
         """The slot of a backward. Raises `RuntimeError` where other outputs have gradients than were expected."""
@@ -82,7 +99,7 @@ class Relay:
             raise RuntimeError(f"expected to come to step {number} of {len(self.steps)}, found {found}")
 
     def __del__(self) -> None:
-        self.owner.discard(self.number, self.links)
+        self.owner.garbage.discard(self.links, self.number)
         for step in self.steps:
             if step.gathering is not None:  # a forward's slots are its invocations'
                 self.owner.retire(step.room, self._stream, ())

@@ -107,9 +107,9 @@ class Sets:
             q.part.job(coordinator, lane, q.args) if lane else None for q, lane in zip(questions, lanes, strict=True)
         ]
         crossings = [job.strand.crossing for job in jobs if job is not None]
-        if _forced() and not coordinator.wait_ready(crossings):
+        if _forced() and not coordinator.setup.wait_ready(crossings):
             log.say("the workers did not get ready in time; branches run in the lead until they are")
-        return [job if job is not None and coordinator.is_ready(job.strand.crossing) else None for job in jobs]
+        return [job if job is not None and job.strand.crossing.is_ready() else None for job in jobs]
 
 
 def _maker(label: str, summary: report.Graph) -> Callable[[fx.GraphModule], Part]:

@@ -61,7 +61,7 @@ class Variant:
     def is_ready(self) -> bool:
         """Whether every worker has prepared its part, once."""
         if not self.ready:
-            self.ready = all(crossing.owner.is_ready(crossing) for crossing in self.crossings)
+            self.ready = all(crossing.is_ready() for crossing in self.crossings)
         return self.ready
 
     def is_whole(self) -> bool:
@@ -78,7 +78,7 @@ class Variant:
         self._changes = changes
         for strand, places in zip(self.strands, self.places, strict=True):
             values = [None if i is None else args[i] for i in places]
-            strand.crossing = strand.crossing.owner.renew(strand.crossing, values)
+            strand.crossing = strand.crossing.owner.setup.renew(strand.crossing, values)
             reason = strand.crossing.no_memory()
             if reason is not None and strand not in self._short:
                 self._short |= {strand}
@@ -115,7 +115,7 @@ class Maker:
         places = [[self._position.get(node) for node in strand.args] for strand in strands]
         try:
             for strand, own in zip(strands, places, strict=True):
-                strand.crossing.owner.prepare(strand.crossing, [None if i is None else args[i] for i in own])
+                strand.crossing.owner.setup.prepare(strand.crossing, [None if i is None else args[i] for i in own])
         except NotShippable as error:
             self._summary.note(str(error))
             regions, run, strands, places = [], self._gm.forward, [], []

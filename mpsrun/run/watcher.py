@@ -24,6 +24,7 @@ POLL_S = 0.05
 SOUND_S = 5.0  # for a small kernel, behind what the device is at
 LINGER_S = 5.0  # for a worker that reported an error to end by itself
 COMPILE_S = 900.0  # for one job of a worker
+GRACE = 2.0  # the lead's waits outlast the limits here by this factor, so that this thread is what ends them
 FIRST_RUN = 2.0  # a job's first run, which loads kernels, may take longer than a later one by this factor
 
 

@@ -150,7 +150,7 @@ def test_numbers_beyond_half_of_what_a_counter_counts(lively: Coordinator) -> No
     for number in (0x60000000, 0xA0000000):
         pool.settle(lively)
         with lively.lock:
-            lively._sequence = number
+            lively.pool.sequence = number
             for link in lively.links:
                 lively.device.signal((link.done,), (number,))
         training.step()
