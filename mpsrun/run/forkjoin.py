@@ -10,19 +10,15 @@ first, so that backward runs Join, then the lead's own branches, then Fork.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from mpsrun import log
 from mpsrun.errors import NotShippable
-from mpsrun.graph.program import build
-from mpsrun.graph.state import applied
-from mpsrun.run import philox, relay
+from mpsrun.run import in_lead, philox, relay
 from mpsrun.run import state as modes
-from mpsrun.run.crossing import BackwardWork, Crossing, Gathering, Handed, Invocation, Share
+from mpsrun.run.crossing import BackwardWork, Crossing, Gathering, Handed, Invocation
 from mpsrun.run.executor import copy_all
 from mpsrun.wire import messages as m
 
@@ -32,15 +28,7 @@ SECOND_BACKWARD = (
 )
 
 
-@dataclass(eq=False)
-class _Here:
-    """An execution in the lead."""
-
-    outputs: tuple[torch.Tensor, ...]
-    random_start: int
-
-
-def fork(crossing: Crossing, args: tuple[Any, ...]) -> tuple[Invocation | _Here, torch.Tensor | None]:
+def fork(crossing: Crossing, args: tuple[Any, ...]) -> tuple[Invocation | in_lead.Here, torch.Tensor | None]:
     """Send a region's arguments to the workers, which start; the token ties Join to this Fork in autograd.
 
     Where one of the workers is missing, or has no memory for it, the region runs in the lead.
@@ -54,7 +42,7 @@ def fork(crossing: Crossing, args: tuple[Any, ...]) -> tuple[Invocation | _Here,
         with crossing.owner.lock:
             if _open(invocation, args):
                 return invocation, _start(invocation, args)
-    return _compute_here(crossing, args), None
+    return in_lead.compute(crossing, args), None
 
 
 def _open(invocation: Invocation, args: tuple[Any, ...]) -> bool:
@@ -82,10 +70,10 @@ def _start(invocation: Invocation, args: tuple[Any, ...]) -> torch.Tensor | None
     return None
 
 
-def join(handle: tuple[Invocation | _Here, torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
+def join(handle: tuple[Invocation | in_lead.Here, torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
     """The workers' outputs, once they are there."""
     invocation, token = handle
-    if isinstance(invocation, _Here):
+    if isinstance(invocation, in_lead.Here):
         return invocation.outputs
     if token is not None:
         return _Join.apply(token, invocation)
@@ -93,16 +81,6 @@ def join(handle: tuple[Invocation | _Here, torch.Tensor | None]) -> tuple[torch.
         outputs = _take(invocation)
     invocation.args = None
     return outputs
-
-
-def _compute_here(crossing: Crossing, args: tuple[Any, ...]) -> _Here:
-    """What the workers would have computed, as plain PyTorch does it."""
-    rngs, start = philox.reserve(crossing)
-    outputs: list[torch.Tensor] = []
-    for share, rng in zip(crossing.shares, rngs or [None] * len(crossing.shares), strict=True):
-        with philox.replayed(rng) as seek:
-            outputs += build(share.program, seek=seek)(*(args[i] for i in share.args))
-    return _Here(tuple(outputs), start)
 
 
 def _publish(invocation: Invocation, args: Sequence[Any]) -> None:
@@ -181,7 +159,7 @@ class _Fork(Function):
         invocation: Invocation = ctx.invocation
         check_versions(invocation.args, invocation.crossing.saved, invocation.versions)
         if invocation.gradients is not None:
-            gradients = _recompute(invocation)
+            gradients = in_lead.differentiate(invocation)
             invocation.asked = ()
         elif invocation.backward is None:
             gradients = [None] * len(invocation.crossing.wanted)
@@ -312,44 +290,3 @@ def _sum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     for tensor in tensors[2:]:
         total.add_(tensor)
     return total
-
-
-def _recompute(invocation: Invocation) -> list[torch.Tensor | None]:
-    """Gradients that can be differentiated again, or many at once under vmap: the lead computes as plain PyTorch."""
-    crossing, args = invocation.crossing, invocation.args
-    gradients, invocation.gradients, forward = invocation.gradients, None, invocation.forward
-    if gradients is None or args is None or forward is None:
-        raise RuntimeError("mpsrun: a Fork without the gradients of its Join")
-    found: dict[int, torch.Tensor] = {}
-    for share in crossing.shares:
-        pairs = _plain_gradients(share, args, gradients, forward.message)
-        for arg, gradient in pairs:
-            found[arg] = gradient if arg not in found else found[arg] + gradient
-    return [found.get(arg) for arg in crossing.wanted]
-
-
-def _plain_gradients(
-    share: Share,
-    args: Sequence[Any],
-    gradients: Sequence[torch.Tensor | None],
-    message: m.Forward,
-) -> list[tuple[int, torch.Tensor]]:
-    present = [i for i, o in enumerate(share.outputs) if gradients[o] is not None]
-    if not present:
-        return []
-    values = [args[arg] for arg in share.args]
-    for index in share.program.writes:
-        values[index] = values[index].clone()
-    rng = message.rngs[share.layout.position] if message.rngs else None
-    # Forward happened outside of whatever transform backward is under.
-    with temporarily_clear_interpreter_stack(), philox.replayed(rng) as seek, applied(message.state):
-        outputs = build(share.program, seek=seek)(*values)
-    reached = share.gradients.reached(present)
-    results = torch.autograd.grad(
-        [outputs[i] for i in present],
-        [values[i] for i in reached],
-        [gradients[share.outputs[i]] for i in present],
-        create_graph=torch.is_grad_enabled(),
-        allow_unused=True,
-    )
-    return [(share.args[i], g) for i, g in zip(reached, results, strict=True) if g is not None]
