@@ -1,9 +1,20 @@
-"""Networks on captured lanes, and the recordings behind them."""
+"""Networks on captured lanes, the recordings behind them, and what scripts do with them."""
+
+import copy
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
+from networks import SMALL, Three, why_not_here
 from torch import Tensor, nn
+from transparency import TOLERANCE, assert_same, moved, trained
 
+from mpsrun import config
+from mpsrun.plan.planfile import PlanFile
+from mpsrun.run import plans
 from mpsrun.run.backend import mpsrun
 from mpsrun.run.captured import Captured
 
@@ -31,6 +42,152 @@ def on_captured_workers(model: nn.Module, workers: int) -> nn.Module:
     """Compile a module in place, every legal region forced into workers, and captured there and in the lead."""
     model.compile(backend=mpsrun, options={"lanes": "captured-workers", "workers": workers})
     return model
+
+
+class Pair:
+    """The same network plain and captured, the latter past its first calls."""
+
+    def __init__(self, capture: Callable[[nn.Module], nn.Module], make: Callable[[], nn.Module], calls: int) -> None:
+        torch.manual_seed(0)
+        self.plain = make().double()
+        self.fast = capture(copy.deepcopy(self.plain))
+        for _ in range(calls):
+            self.both(step)
+
+    def both(self, use: Callable[[nn.Module], Tensor | Sequence[Tensor | None] | None]) -> None:
+        """Do the same with both and compare what it returns, all gradients and all buffers."""
+        seen = []
+        for model in (self.plain, self.fast):
+            torch.manual_seed(1)
+            result = use(model)
+            results = [result] if isinstance(result, Tensor) else result or ()
+            found = {f"result {i}": value for i, value in enumerate(results)}
+            found |= {f"gradient of {n}": p.grad for n, p in model.named_parameters()}
+            seen.append(found | model.state_dict())
+        assert_same(seen[1], seen[0], "", TOLERANCE)
+
+
+def three() -> nn.Module:
+    return Three(8)
+
+
+class Heads(nn.Module):
+    """Two outputs, each with a backward of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = three(), three()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.left(x), self.right(x)
+
+
+def inputs(seed: int = 1) -> Tensor:
+    """A batch for these networks."""
+    return torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def step(model: nn.Module) -> Tensor:
+    """One forward and backward."""
+    model.zero_grad()
+    output = model(inputs())
+    output.square().sum().backward()
+    return output
+
+
+def two_forwards(model: nn.Module) -> Tensor:
+    """A backward through both of two calls."""
+    first, second = model(inputs(2)), model(inputs(3))
+    (first * second).sum().backward()
+    return first
+
+
+def kept_graph(model: nn.Module) -> Tensor:
+    """A backward, a step, and another backward through the first graph."""
+    first = model(inputs(2))
+    first.sum().backward(retain_graph=True)
+    model(inputs(3)).sum().backward()
+    first.square().sum().backward()
+    return first
+
+
+def gradient_penalty(model: nn.Module) -> list[Tensor | None]:
+    """A gradient of a gradient."""
+    x = inputs().requires_grad_()
+    (first,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    first.norm().backward()
+    return [first.detach(), x.grad]
+
+
+def kept_results(model: nn.Module) -> list[Tensor]:
+    """Outputs and gradients of earlier steps."""
+    found = []
+    for seed in range(3):
+        model.zero_grad()
+        output = model(inputs(seed))
+        output.sum().backward()
+        found += [output.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    return found
+
+
+def evaluation(model: nn.Module) -> list[Tensor]:
+    """Calls without gradients, then a step."""
+    found = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            found += [model(inputs(seed)).clone() for seed in range(4)]
+    return [*found, step(model)]
+
+
+def assert_transparent(name: str, capture: Callable[[nn.Module], nn.Module], made: Sequence[Captured]) -> None:
+    """Train one of the small networks plain and captured, and see the same; the last three of five steps replay."""
+    if reason := why_not_here(name):
+        pytest.skip(reason)
+    case = SMALL[name]
+    torch.manual_seed(0)
+    plain = trained(case.model().double())
+    fast = trained(capture(copy.deepcopy(plain.model)))
+    with torch._dynamo.config.patch(allow_rnn=True):
+        for number in range(5):
+            given = tuple(moved(x, "cpu", torch.float64) for x in case.inputs())
+            assert_same(fast.step(given, number), plain.step(given, number), f"step {number}", TOLERANCE)
+    assert [graph.replays for graph in made] == [3]
+
+
+def assert_settings_are_followed(pair: Pair, made: Sequence[Captured]) -> None:
+    """Under other global settings than before it is recorded again."""
+    graph = made[0]
+    before = graph.replays
+    with torch.backends.mkldnn.flags(enabled=False):
+        pair.both(step)
+        assert graph.replays == before, "the first call under other settings runs as it is"
+        pair.both(step)
+        assert graph.replays == before + 1
+
+
+def saved_plan(patch: pytest.MonkeyPatch, path: Path, capture: Callable[[nn.Module], nn.Module]) -> str:
+    """What `--save-plan` writes about two steps of a captured network."""
+    settings = dataclasses.replace(config.current(), save_plan=path)
+    patch.setattr(config, "current", lambda: settings)
+    patch.setattr(plans, "_saved", PlanFile())
+    model = capture(three().double())
+    for _ in range(2):
+        step(model)
+    plans._write(os.getpid())
+    return path.read_text()
+
+
+def train_pinned(patch: pytest.MonkeyPatch, path: Path) -> None:
+    """Four steps of the same network under `--plan`."""
+    settings = dataclasses.replace(config.current(), save_plan=None, plan=path, lanes="auto")
+    patch.setattr(config, "current", lambda: settings)
+    plans.pins.cache_clear()
+    torch._dynamo.reset()
+    model = three().double()
+    model.compile(backend=mpsrun)
+    for _ in range(4):
+        step(model)
+    plans.pins.cache_clear()
 
 
 def habits(model: nn.Module, batches: list[Tensor], turn: int, slopes: bool = False) -> list[Tensor]:

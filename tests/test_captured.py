@@ -1,28 +1,40 @@
 """Captured lanes: everything around a recording. On a CPU a replay computes anew; what is recorded is for tests/gpu."""
 
-import copy
 import dataclasses
+import functools
 import gc
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from captures import noted, on_captured
-from networks import SMALL, Three, why_not_here
+from captures import (
+    Heads,
+    Pair,
+    assert_settings_are_followed,
+    assert_transparent,
+    evaluation,
+    gradient_penalty,
+    inputs,
+    kept_graph,
+    kept_results,
+    noted,
+    on_captured,
+    saved_plan,
+    three,
+    train_pinned,
+    two_forwards,
+)
+from networks import SMALL, Three
 from torch import Tensor, nn
-from transparency import assert_same, moved, trained
 
 from mpsrun import config
-from mpsrun.plan.planfile import PlanFile
-from mpsrun.run import backend, captured, keeping, plans, replay, report, verify
+from mpsrun.run import captured, keeping, replay, report, verify
 from mpsrun.run.captured import Captured
 from mpsrun.run.replay import Thrift
 from mpsrun.run.special import Planner
 
-EXACT = {"rtol": 1e-9, "atol": 1e-11}
 TWICE = "backward through the graph a second time"
 
 
@@ -34,83 +46,39 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Captured]:
     return noted(monkeypatch)
 
 
-class Pair:
-    """The same network plain and captured, both past their first calls."""
-
-    def __init__(self, make: Callable[[], nn.Module] = lambda: Three(8)) -> None:
-        torch.manual_seed(0)
-        self.plain = make().double()
-        self.fast = on_captured(copy.deepcopy(self.plain))
-        for _ in range(3):
-            self.both(lambda model: model(inputs()).square().sum().backward())
-
-    def both(self, use: Callable[[nn.Module], object]) -> None:
-        """Do the same with both and compare what it returns, all gradients and all buffers."""
-        results = []
-        for model in (self.plain, self.fast):
-            torch.manual_seed(1)
-            result = use(model)
-            results.append([result] if isinstance(result, Tensor) else list(result or ()))
-        for found, wanted in zip(results[1], results[0], strict=True):
-            torch.testing.assert_close(found, wanted, **EXACT)
-        for p, q in zip(self.fast.parameters(), self.plain.parameters(), strict=True):
-            assert (p.grad is None) == (q.grad is None)
-            if p.grad is not None:
-                torch.testing.assert_close(p.grad, q.grad, **EXACT)
-        for p, q in zip(self.fast.buffers(), self.plain.buffers(), strict=True):
-            torch.testing.assert_close(p, q, **EXACT)
+def verify_steps(patch: pytest.MonkeyPatch, steps: int) -> None:
+    """Have `steps` calls of everything that is compiled from now on verified."""
+    settings = dataclasses.replace(config.current(), verify=steps)
+    patch.setattr(config, "current", lambda: settings)
+    patch.setattr(verify, "_all", [])
+    patch.setattr(verify, "_said", False)
 
 
-def inputs(seed: int = 1, rows: int = 5) -> Tensor:
-    return torch.randn(rows, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+def pair_of(make: Callable[[], nn.Module] = three) -> Pair:
+    return Pair(on_captured, make, calls=3)
 
 
 @pytest.mark.parametrize("name", [name for name, case in SMALL.items() if case.regions])
 def test_small_networks(made: list[Captured], name: str) -> None:
-    if reason := why_not_here(name):
-        pytest.skip(reason)
-    case = SMALL[name]
-    torch.manual_seed(0)
-    plain = trained(case.model().double())
-    fast = trained(on_captured(copy.deepcopy(plain.model)))
-    with torch._dynamo.config.patch(allow_rnn=True):
-        for step in range(5):
-            given = tuple(moved(x, "cpu", torch.float64) for x in case.inputs())
-            assert_same(fast.step(given, step), plain.step(given, step), f"step {step}", EXACT)
-    assert [graph.replays for graph in made] == [3]
+    assert_transparent(name, on_captured, made)
 
 
 def test_several_forwards_before_a_backward(made: list[Captured]) -> None:
-    pair = Pair()
+    pair = pair_of()
     before = made[0].replays
-
-    def siamese(model: nn.Module) -> Tensor:
-        first, second = model(inputs(2)), model(inputs(3))
-        (first * second).sum().backward()
-        return first
-
-    pair.both(siamese)
+    pair.both(two_forwards)
     assert made[0].replays == before + 1
 
 
-def test_outputs_stay_valid(made: list[Captured]) -> None:
-    pair = Pair()
-
-    def keep(model: nn.Module) -> list[Tensor]:
-        kept = []
-        for seed in range(3):
-            output = model(inputs(seed))
-            output.sum().backward()
-            kept.append(output.detach())
-        return kept
-
-    pair.both(keep)
+def test_outputs_and_gradients_stay_valid(made: list[Captured]) -> None:
+    pair = pair_of()
+    pair.both(kept_results)
     assert made[0].replays == 4
 
 
 def test_loss_kept_from_the_last_step(made: list[Captured]) -> None:
     """A loop's variables hold the last step's graph while the next one is computed."""
-    pair = Pair()
+    pair = pair_of()
     loss = pair.fast(inputs()).sum()
     loss.backward()
     before = made[0].replays
@@ -128,7 +96,7 @@ def test_retain_graph_and_a_second_backward() -> None:
             output.sum().backward()
         return output
 
-    Pair().both(twice)
+    pair_of().both(twice)
 
 
 def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Thrift]:
@@ -149,7 +117,7 @@ def test_a_kept_graph_has_the_next_recording_keep_its_activations(
 ) -> None:
     """Until then backward uses their memory again, as in plain PyTorch."""
     bodies = recordings(monkeypatch)
-    pair = Pair()
+    pair = pair_of()
     assert bodies == [(True, True)]
 
     def twice(model: nn.Module) -> Tensor:
@@ -168,26 +136,16 @@ def test_a_kept_graph_has_the_next_recording_keep_its_activations(
 def test_outputs_whose_gradients_come_in_turn(made: list[Captured], monkeypatch: pytest.MonkeyPatch) -> None:
     """A backward of one output, then of another: the recording cannot have freed what the second one reads."""
 
-    class Heads(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.left, self.right = Three(8), Three(8)
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.left(x), self.right(x)
+    def in_turn(model: nn.Module, seed: int) -> None:
+        model.zero_grad()
+        left, right = model(inputs(seed))
+        left.sum().backward()
+        right.square().sum().backward()
 
     bodies = recordings(monkeypatch)
-    torch.manual_seed(0)
-    plain = Heads().double()
-    fast = on_captured(copy.deepcopy(plain))
-    for step in range(6):
-        for model in (plain, fast):
-            model.zero_grad()
-            left, right = model(inputs(step))
-            left.sum().backward()
-            right.square().sum().backward()
-        for p, q in zip(fast.parameters(), plain.parameters(), strict=True):
-            torch.testing.assert_close(p.grad, q.grad, **EXACT)
+    pair = Pair(on_captured, Heads, calls=0)
+    for seed in range(6):
+        pair.both(functools.partial(in_turn, seed=seed))
     assert bodies == [(True, True), (False, True)]
     assert made[0].replays == 4
 
@@ -198,7 +156,7 @@ def test_large_gradients_are_copied_once_one_was_kept(
 ) -> None:
     monkeypatch.setattr(keeping, "LARGE_BYTES", 0)
     bodies = recordings(monkeypatch)
-    pair = Pair()
+    pair = pair_of()
     kept: list[Tensor] = []
 
     def step(model: nn.Module, keeps: bool) -> list[Tensor]:
@@ -219,21 +177,14 @@ def test_large_gradients_are_copied_once_one_was_kept(
 
 
 def test_a_graph_that_is_kept_is_not_overwritten(made: list[Captured]) -> None:
-    def kept(model: nn.Module) -> Tensor:
-        first = model(inputs(2))
-        first.sum().backward(retain_graph=True)
-        model(inputs(3)).sum().backward()
-        first.square().sum().backward()
-        return first
-
-    pair = Pair()
+    pair = pair_of()
     before = made[0].replays
-    pair.both(kept)
+    pair.both(kept_graph)
     assert made[0].replays == before + 1
 
 
 def test_a_graph_that_is_dropped_frees_the_recording(made: list[Captured]) -> None:
-    pair = Pair()
+    pair = pair_of()
     before = made[0].replays
     output = pair.fast(inputs())
     del output
@@ -243,13 +194,7 @@ def test_a_graph_that_is_dropped_frees_the_recording(made: list[Captured]) -> No
 
 
 def test_gradients_of_inputs_and_of_gradients() -> None:
-    def penalty(model: nn.Module) -> list[Tensor]:
-        x = inputs().requires_grad_()
-        (first,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
-        first.norm().backward()
-        return [first.detach(), x.grad]
-
-    Pair().both(penalty)
+    pair_of().both(gradient_penalty)
 
 
 def test_gradients_accumulate() -> None:
@@ -257,19 +202,11 @@ def test_gradients_accumulate() -> None:
         for seed in range(3):
             model(inputs(seed)).square().sum().backward()
 
-    Pair().both(accumulate)
+    pair_of().both(accumulate)
 
 
 def test_evaluation_between_steps(made: list[Captured]) -> None:
-    def evaluate(model: nn.Module) -> list[Tensor]:
-        found = []
-        for mode in (torch.no_grad, torch.inference_mode):
-            with mode():
-                found += [model(inputs(seed)).clone() for seed in range(4)]
-        model(inputs()).sum().backward()
-        return found
-
-    Pair().both(evaluate)
+    pair_of().both(evaluation)
     assert [graph.replays for graph in made] == [2, 2, 2]
 
 
@@ -282,7 +219,7 @@ def test_weights_changed_between_forward_and_backward() -> None:
             output.sum().backward()
         model.zero_grad()  # plain PyTorch has those of the layers behind it by then
 
-    Pair(lambda: Deep(6)).both(change)
+    pair_of(lambda: Deep(6)).both(change)
 
 
 class Deep(nn.Module):
@@ -313,13 +250,13 @@ class Counting(nn.Module):
 
 
 def test_a_buffer_that_is_written_and_then_needed(made: list[Captured]) -> None:
-    pair = Pair(Counting)
+    pair = pair_of(Counting)
     pair.both(lambda model: model(inputs()).square().sum().backward())
     assert made[0].replays == 2
 
 
 def test_parameters_that_move(made: list[Captured]) -> None:
-    pair = Pair()
+    pair = pair_of()
 
     def move(model: nn.Module) -> Tensor:
         for p in model.parameters():
@@ -344,19 +281,13 @@ def test_freezing(made: list[Captured]) -> None:
             output.square().sum().backward()
         return output
 
-    pair = Pair()
+    pair = pair_of()
     pair.both(freeze)
     pair.both(freeze)
 
 
 def test_settings_are_followed(made: list[Captured]) -> None:
-    pair = Pair()
-    before = made[0].replays
-    with torch.backends.mkldnn.flags(enabled=False):
-        pair.both(lambda model: model(inputs()).sum().backward())
-        assert made[0].replays == before, "the first call under other settings runs as it is"
-        pair.both(lambda model: model(inputs()).sum().backward())
-        assert made[0].replays == before + 1
+    assert_settings_are_followed(pair_of(), made)
 
 
 def test_what_cannot_be_recorded_runs_uncaptured(made: list[Captured], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,7 +298,7 @@ def test_what_cannot_be_recorded_runs_uncaptured(made: list[Captured], monkeypat
             raise torch.OutOfMemoryError("no memory for a recording")
 
     monkeypatch.setattr("mpsrun.run.variant.recorder", lambda device: Full())
-    pair = Pair()
+    pair = pair_of()
     pair.both(lambda model: model(inputs()).sum().backward())
     assert made[0].replays == 0
 
@@ -387,7 +318,7 @@ def test_input_written_in_place_is_refused(made: list[Captured]) -> None:
         output.sum().backward()
         return x
 
-    Pair(Writes).both(use)
+    pair_of(Writes).both(use)
     assert made == []
     assert any("writes its input" in text for graph in report.graphs for text in graph.refusals)
 
@@ -395,10 +326,7 @@ def test_input_written_in_place_is_refused(made: list[Captured]) -> None:
 def test_verified_steps(
     made: list[Captured], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    settings = dataclasses.replace(config.current(), verify=3)
-    monkeypatch.setattr(config, "current", lambda: settings)
-    monkeypatch.setattr(verify, "_all", [])
-    monkeypatch.setattr(verify, "_said", False)
+    verify_steps(monkeypatch, 3)
     fast = on_captured(Three(8).double())
     for _ in range(5):
         fast(inputs()).square().sum().backward()
@@ -408,9 +336,7 @@ def test_verified_steps(
 
 
 def test_a_wrong_replay_is_found(made: list[Captured], monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = dataclasses.replace(config.current(), verify=3)
-    monkeypatch.setattr(config, "current", lambda: settings)
-    monkeypatch.setattr(verify, "_all", [])
+    verify_steps(monkeypatch, 3)
     monkeypatch.setattr(replay, "_copied", lambda output: output.detach() + 1e-3)
     fast = on_captured(Three(8).double())
     for _ in range(2):
@@ -422,25 +348,10 @@ def test_a_wrong_replay_is_found(made: list[Captured], monkeypatch: pytest.Monke
 
 def test_a_captured_plan_is_pinned(made: list[Captured], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "plan"
-    settings = dataclasses.replace(config.current(), save_plan=path)
-    monkeypatch.setattr(config, "current", lambda: settings)
-    monkeypatch.setattr(plans, "_saved", PlanFile())
-    on_captured(fast := Three(8).double())
-    for _ in range(2):
-        fast(inputs()).sum().backward()
-    plans._write(os.getpid())
-    text = path.read_text()
-    assert "captured\nregion 0: stream 1 | stream 2 | stream 3\n" in text
-    settings = dataclasses.replace(config.current(), save_plan=None, plan=path, lanes="auto")
+    assert "captured\nregion 0: stream 1 | stream 2 | stream 3\n" in saved_plan(monkeypatch, path, on_captured)
     for captures, replays in ((True, [2]), (False, [])):
         monkeypatch.setattr(Planner, "captures", captures)
         monkeypatch.setattr(Planner, "has_streams", True)
-        plans.pins.cache_clear()
-        torch._dynamo.reset()
         made.clear()
-        other = Three(8).double()
-        other.compile(backend=backend.mpsrun)
-        for _ in range(4):
-            other(inputs()).sum().backward()
+        train_pinned(monkeypatch, path)
         assert [graph.replays for graph in made] == replays
-    plans.pins.cache_clear()

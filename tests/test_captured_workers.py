@@ -1,9 +1,7 @@
 """Captured worker lanes: all that lead and workers do for a replay. On a CPU it computes anew, in each of them."""
 
 import copy
-import dataclasses
 import gc
-import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,15 +9,30 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from captures import noted, on_captured_workers
-from networks import SMALL, GoogLeNet, Three, images, why_not_here
+from captures import (
+    Heads,
+    Pair,
+    assert_settings_are_followed,
+    assert_transparent,
+    evaluation,
+    gradient_penalty,
+    inputs,
+    kept_graph,
+    kept_results,
+    noted,
+    on_captured_workers,
+    saved_plan,
+    step,
+    three,
+    train_pinned,
+    two_forwards,
+)
+from networks import SMALL, GoogLeNet, Three, images
 from torch import Tensor, nn
-from transparency import TOLERANCE, assert_executed, assert_same, moved, trained
+from transparency import assert_executed, moved, trained
 
-from mpsrun import config
 from mpsrun.errors import NotNow, NotShippable
-from mpsrun.plan.planfile import PlanFile
-from mpsrun.run import backend, captured, plans, report
+from mpsrun.run import captured, report
 from mpsrun.run import link as link_module
 from mpsrun.run import state as modes
 from mpsrun.run.captured import Captured
@@ -39,55 +52,19 @@ def made(workers: Coordinator, nothing_kept: None, monkeypatch: pytest.MonkeyPat
     found.clear()
 
 
-class Pair:
-    """The same network plain and on captured worker lanes, the latter past its first calls."""
-
-    def __init__(self, make: Callable[[], nn.Module] = lambda: Three(8)) -> None:
-        torch.manual_seed(0)
-        self.plain = make().double()
-        self.fast = on_captured_workers(copy.deepcopy(self.plain), 2)
-        for _ in range(4):
-            self.both(step)
-
-    def both(self, use: Callable[[nn.Module], object]) -> None:
-        """Do the same with both and compare what it returns, all gradients and all buffers."""
-        seen = []
-        for model in (self.plain, self.fast):
-            torch.manual_seed(1)
-            result = use(model)
-            results = [result] if isinstance(result, Tensor) else list(result or ())  # type: ignore[call-overload]
-            found = {f"result {i}": value for i, value in enumerate(results)}
-            found |= {f"gradient of {n}": p.grad for n, p in model.named_parameters()}
-            seen.append(found | model.state_dict())
-        assert_same(seen[1], seen[0], "", TOLERANCE)
+def on_two(model: nn.Module) -> nn.Module:
+    return on_captured_workers(model, 2)
 
 
-def inputs(seed: int = 1) -> Tensor:
-    return torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def step(model: nn.Module) -> Tensor:
-    model.zero_grad()
-    output = model(inputs())
-    output.square().sum().backward()
-    return output
+def pair_of(make: Callable[[], nn.Module] = three) -> Pair:
+    return Pair(on_two, make, calls=4)
 
 
 @pytest.mark.parametrize("name", [name for name, case in SMALL.items() if case.regions])
 def test_small_networks(made: list[Captured], name: str) -> None:
-    if reason := why_not_here(name):
-        pytest.skip(reason)
-    case = SMALL[name]
-    torch.manual_seed(0)
-    plain = trained(case.model().double())
-    fast = trained(on_captured_workers(copy.deepcopy(plain.model), 3))
-    with torch._dynamo.config.patch(allow_rnn=True):
-        for number in range(5):
-            given = tuple(moved(x, "cpu", torch.float64) for x in case.inputs())
-            assert_same(fast.step(given, number), plain.step(given, number), f"step {number}", TOLERANCE)
-    assert [graph.replays for graph in made] == [3]
+    assert_transparent(name, lambda model: on_captured_workers(model, 3), made)
     (graph,) = report.graphs
-    if not case.forward_only:  # of regions that are cut in another way
+    if not SMALL[name].forward_only:  # of regions that are cut in another way
         assert_executed(graph, 4, 4)
 
 
@@ -107,73 +84,31 @@ def test_one_message_for_all_regions(made: list[Captured], workers: Coordinator)
 def test_several_forwards_before_a_backward(made: list[Captured]) -> None:
     """The second one crosses uncaptured, in slots of its own."""
 
-    def siamese(model: nn.Module) -> Tensor:
-        first, second = model(inputs(2)), model(inputs(3))
-        (first * second).sum().backward()
-        return first
-
-    pair = Pair()
+    pair = pair_of()
     before = made[0].replays
-    pair.both(siamese)
+    pair.both(two_forwards)
     assert made[0].replays == before + 1
 
 
 def test_kept_graphs(made: list[Captured]) -> None:
-    def kept(model: nn.Module) -> Tensor:
-        first = model(inputs(2))
-        first.sum().backward(retain_graph=True)
-        model(inputs(3)).sum().backward()
-        first.square().sum().backward()
-        return first
-
-    Pair().both(kept)
+    pair_of().both(kept_graph)
 
 
 def test_gradients_of_inputs_and_of_gradients(made: list[Captured]) -> None:
-    def penalty(model: nn.Module) -> list[Tensor | None]:
-        x = inputs().requires_grad_()
-        (first,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
-        first.norm().backward()
-        return [first.detach(), x.grad]
-
-    Pair().both(penalty)
+    pair_of().both(gradient_penalty)
 
 
 def test_outputs_and_gradients_stay_valid(made: list[Captured]) -> None:
-    def keep(model: nn.Module) -> list[Tensor]:
-        found = []
-        for seed in range(3):
-            model.zero_grad()
-            output = model(inputs(seed))
-            output.sum().backward()
-            found += [output.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
-        return found
-
-    Pair().both(keep)
+    pair_of().both(kept_results)
 
 
 def test_evaluation_between_steps(made: list[Captured]) -> None:
-    def evaluate(model: nn.Module) -> list[Tensor]:
-        found = []
-        for mode in (torch.no_grad, torch.inference_mode):
-            with mode():
-                found += [model(inputs(seed)).clone() for seed in range(4)]
-        return [*found, step(model)]
-
-    Pair().both(evaluate)
+    pair_of().both(evaluation)
     assert [graph.replays for graph in made] == [3, 2, 2]
 
 
 def test_part_of_the_gradients(made: list[Captured]) -> None:
     """Each combination of outputs has a backward of its own."""
-
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.left, self.right = Three(8), Three(8)
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.left(x), self.right(x)
 
     def use(model: nn.Module) -> list[Tensor]:
         found = []
@@ -184,11 +119,7 @@ def test_part_of_the_gradients(made: list[Captured]) -> None:
             found += [p.grad for p in model.parameters() if p.grad is not None]
         return found
 
-    torch.manual_seed(0)
-    plain = Two().double()
-    fast = on_captured_workers(copy.deepcopy(plain), 3)
-    for found, wanted in zip(use(fast), use(plain), strict=True):
-        torch.testing.assert_close(found, wanted, **TOLERANCE)
+    Pair(lambda model: on_captured_workers(model, 3), Heads, calls=0).both(use)
     assert made[0].replays == 5
 
 
@@ -200,7 +131,7 @@ def test_parameters_that_move(made: list[Captured]) -> None:
             p.data = p.data.clone() * 2
         return step(model)
 
-    pair = Pair()
+    pair = pair_of()
     for _ in range(captured.MOST_RECORDINGS):
         pair.both(move)
         pair.both(step)
@@ -211,13 +142,7 @@ def test_parameters_that_move(made: list[Captured]) -> None:
 
 
 def test_settings_are_followed(made: list[Captured]) -> None:
-    pair = Pair()
-    before = made[0].replays
-    with torch.backends.mkldnn.flags(enabled=False):
-        pair.both(step)
-        assert made[0].replays == before, "the first call under other settings runs as it is"
-        pair.both(step)
-        assert made[0].replays == before + 1
+    assert_settings_are_followed(pair_of(), made)
 
 
 def test_a_backward_is_recorded_under_its_own_settings(made: list[Captured], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +154,7 @@ def test_a_backward_is_recorded_under_its_own_settings(made: list[Captured], mon
         seen.append((self.flags, modes.flags()))
         record(self, relay)
 
-    pair, other = Pair(), Pair(lambda: Three(12))
+    pair, other = pair_of(), pair_of(lambda: Three(12))
     monkeypatch.setattr(Coordinator, "record", noting)
     with torch.backends.mkldnn.flags(enabled=False):
         pair.both(step)  # recorded anew from here on
@@ -253,7 +178,7 @@ def test_a_worker_that_does_not_answer_is_asked_again(
         raise NotNow("a worker has not recorded its part within 2 s")
 
     monkeypatch.setattr(Coordinator, "wait_recorded", late)
-    pair = Pair()
+    pair = pair_of()
     pair.both(step)
     assert made[0].replays > 0
     assert "cannot be captured" not in capfd.readouterr().err
@@ -276,7 +201,7 @@ def test_a_worker_has_its_time_for_each_step(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_lead_that_raises_leaves_nobody_waiting(made: list[Captured], monkeypatch: pytest.MonkeyPatch) -> None:
-    pair = Pair()
+    pair = pair_of()
     release = Relay.release
 
     def raising(self: Relay, crossing: Crossing) -> None:
@@ -298,7 +223,7 @@ def test_what_a_worker_cannot_record_runs_uncaptured(
         raise NotShippable("in worker 1: planted")
 
     monkeypatch.setattr(Coordinator, "wait_recorded", refusing)
-    Pair()
+    pair_of()
     assert made[0].replays == 0
     assert "cannot be captured, it runs uncaptured (NotShippable: in worker 1: planted)" in capfd.readouterr().err
 
@@ -316,7 +241,7 @@ def test_a_backward_that_cannot_be_recorded(
             raise NotShippable("in worker 1: planted")
 
     monkeypatch.setattr(Coordinator, "wait_recorded", refusing)
-    pair = Pair()
+    pair = pair_of()
     pair.both(step)
     assert made[0].replays == 3
     assert capfd.readouterr().err.count("a backward pass cannot be captured") == 1
@@ -326,7 +251,7 @@ def test_a_dropped_network_is_forgotten_by_the_workers(made: list[Captured], wor
     with workers.lock:
         workers._tidy()
     before = workers.counts()[1]
-    pair = Pair()
+    pair = pair_of()
     made.clear()
     del pair
     torch._dynamo.reset()
@@ -340,26 +265,12 @@ def test_a_dropped_network_is_forgotten_by_the_workers(made: list[Captured], wor
 
 def test_a_plan_is_pinned(made: list[Captured], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "plan"
-    settings = dataclasses.replace(config.current(), save_plan=path)
-    monkeypatch.setattr(config, "current", lambda: settings)
-    monkeypatch.setattr(plans, "_saved", PlanFile())
-    fast = on_captured_workers(Three(8).double(), 2)
-    for _ in range(2):
-        fast(inputs()).sum().backward()
-    plans._write(os.getpid())
-    text = path.read_text()
+    text = saved_plan(monkeypatch, path, on_two)
     assert "captured\nregion 0: " in text
     assert "worker 1" in text
-    settings = dataclasses.replace(config.current(), save_plan=None, plan=path, lanes="auto")
     monkeypatch.setattr(Planner, "captures", True)
-    plans.pins.cache_clear()
-    torch._dynamo.reset()
     made.clear()
-    pinned = Three(8).double()
-    pinned.compile(backend=backend.mpsrun)
-    for _ in range(4):
-        pinned(inputs()).sum().backward()
-    plans.pins.cache_clear()
+    train_pinned(monkeypatch, path)
     assert [graph.replays for graph in made] == [2]
 
 
