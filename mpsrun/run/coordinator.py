@@ -280,7 +280,7 @@ class Coordinator:
                 link.send(m.Drop(invocations))
                 self._standin.drop(invocations)
             layouts, jobs, relays = (kept.get(kind, []) for kind in ("layout", "job", "relay"))
-            if layouts or relays:
+            if layouts or jobs or relays:
                 link.forget(layouts, jobs, relays)
                 self._standin.forget(layouts, jobs)
 
