@@ -1,12 +1,12 @@
 """The plans of a graph that are worth some training steps each."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mpsrun.graph.regions import Region
 from mpsrun.plan.assign import hopeless, region_us, spread
 from mpsrun.plan.cost import Costs
-from mpsrun.plan.lanes import LEAD
+from mpsrun.plan.lanes import LEAD, is_stream, is_worker
 from mpsrun.plan.plan import CAPTURED, Assignment, Declined, Plan, decide, immovable, left_with, some_shares
 from mpsrun.plan.shares import by_cost, worth_a_try
 
@@ -15,9 +15,11 @@ MAX_CANDIDATES = 6
 # 8 branches on 7 side streams one waits for another.
 SIDE_STREAMS = tuple(-i for i in range(1, 17))
 SERIAL = "serial"
+# A worker whose work beside a branch takes more of the branch's time than this is no help to a region inside of it.
+BUSY_PART = 0.25
 
 _Choice = Assignment | Declined
-_Chooser = Callable[[Region], _Choice]
+_Chooser = Callable[[Region, Collection[int]], _Choice]  # the second are lanes that others keep busy meanwhile
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,13 @@ def candidates(
     hopeless.
     """
     planner = _Planner(regions, worker_ids, costs)
-    wanted = [planner.candidate(SERIAL, lambda _region: Declined("serial"))]
+    wanted = [planner.candidate(SERIAL, lambda _region, _busy: Declined("serial"))]
     if has_streams and not captures:  # captured they are never slower, and become these where a recording fails
         wanted.append(planner.candidate("streams", planner.on_streams))
     wanted.append(planner.candidate(f"workers, {len(worker_ids) + 1} lanes", planner.on_every_worker))
     if captures:
         replayed = _Planner(regions, (), costs.captured())
-        wanted.append(_captured(replayed.candidate(CAPTURED, lambda _region: Declined("captured as it is"))))
+        wanted.append(_captured(replayed.candidate(CAPTURED, lambda _region, _busy: Declined("captured as it is"))))
         wanted += [forced_captured(regions, costs)] if has_streams else []
     optional = planner.worker_candidates()
     if has_streams:
@@ -168,16 +170,33 @@ class _Planner:
         self._nesting = nesting_of(regions)
 
     def candidate(self, name: str, choose: _Chooser) -> Candidate:
-        """Outer regions choose first, and a branch that leaves takes its inner regions along."""
+        """Outer regions choose first; a branch that leaves takes its inner regions along, others take what is free."""
         made: dict[int, _Choice] = {}
         for region in self._regions:
             around = left_with(region, Plan(made), self._by_index)
             if around is None:
-                made[region.index] = choose(region)
+                made[region.index] = choose(region, self._busy(region, made))
             else:
                 made[region.index] = Declined(f"goes along with branch {around[1]} of region {around[0]}")
         plan = Plan(made)
         return Candidate(name, plan, predicted_us(plan, self._regions, self._costs))
+
+    def _busy(self, region: Region, made: Mapping[int, _Choice]) -> set[int]:
+        """The lanes that other branches of the regions around this one keep busy: they take one thing after another."""
+        found: set[int] = set()
+        while region.parent is not None:
+            index, inside = region.parent
+            region, choice = self._by_index[index], made[index]
+            if isinstance(choice, Assignment):
+                duration_us = self._costs.branch_us(region)
+                load_us: dict[int, float] = {}
+                for lane, us in zip(choice.lanes, duration_us, strict=True):
+                    load_us[lane] = load_us.get(lane, 0.0) + us
+                limit_us = BUSY_PART * duration_us[inside]
+                found |= {
+                    lane for lane, us in load_us.items() if is_stream(lane) or (is_worker(lane) and us > limit_us)
+                }
+        return found
 
     def worker_candidates(self) -> list[Candidate]:
         """With 2, 3, ... lanes, each region only where that pays; then variants with all lanes."""
@@ -194,7 +213,7 @@ class _Planner:
             self.candidate(f"{every}, inner regions", self._innermost),
         ]
 
-    def on_streams(self, region: Region) -> _Choice:
+    def on_streams(self, region: Region, busy: Collection[int]) -> _Choice:
         """Every branch that may leave on a side stream, so that none follows another.
 
         Autograd has the main stream wait for a branch's gradients as soon as they are submitted: the backward of a
@@ -203,40 +222,49 @@ class _Planner:
         reason = immovable(region)
         if reason is not None:
             return Declined(reason)
-        side = SIDE_STREAMS[: len(region.branches)]
+        side = [lane for lane in SIDE_STREAMS if lane not in busy][: len(region.branches)]
+        if not side:
+            return Declined("all side streams are busy beside it")
         return Assignment(spread(region, side, self._costs, self._nesting[region.index], lead_share=False))
 
-    def on_every_worker(self, region: Region) -> _Choice:
+    def on_every_worker(self, region: Region, busy: Collection[int]) -> _Choice:
         reason = hopeless(region, self._costs)
         if reason is not None:
             return Declined(reason)
-        return self.forced(region)
+        return self.forced(region, busy)
 
-    def forced(self, region: Region) -> _Choice:
-        return decide(region, self._workers, self._costs, True, self._nesting[region.index])
+    def forced(self, region: Region, busy: Collection[int]) -> _Choice:
+        return self._decide(region, self._workers, busy, True)
 
-    def fastest(self, region: Region) -> _Choice:
+    def _decide(self, region: Region, workers: Sequence[int], busy: Collection[int], forced: bool) -> _Choice:
+        free = [worker for worker in workers if worker not in busy]
+        if workers and not free:
+            return Declined("the workers are busy with what runs beside it")
+        return decide(region, free, self._costs, forced, self._nesting[region.index])
+
+    def fastest(self, region: Region, busy: Collection[int]) -> _Choice:
         """Serial, streams or workers, whichever is predicted to be the fastest for this region."""
-        choices = [Declined("serial is predicted to be the fastest"), self.on_streams(region)]
-        choices.append(self._paying(self._workers)(region))
+        choices = [Declined("serial is predicted to be the fastest"), self.on_streams(region, busy)]
+        choices.append(self._decide(region, self._workers, busy, False))
         return min(choices, key=lambda choice: region_us(region, _lanes(choice, region), self._costs))
 
     def _paying(self, workers: Sequence[int]) -> _Chooser:
-        return lambda region: decide(region, workers, self._costs, False, self._nesting[region.index])
+        return lambda region, busy: self._decide(region, workers, busy, False)
 
-    def _lead_free(self, region: Region) -> _Choice:
+    def _lead_free(self, region: Region, busy: Collection[int]) -> _Choice:
         """As with all lanes, but where that is predicted to be no slower the lead keeps nothing."""
-        usual = self._paying(self._workers)(region)
-        if immovable(region) is not None or hopeless(region, self._costs) is not None:
+        usual = self._decide(region, self._workers, busy, False)
+        free = [worker for worker in self._workers if worker not in busy]
+        if not free or immovable(region) is not None or hopeless(region, self._costs) is not None:
             return usual
-        lanes = spread(region, self._workers, self._costs, self._nesting[region.index], lead_share=False)
+        lanes = spread(region, free, self._costs, self._nesting[region.index], lead_share=False)
         now_us = region_us(region, _lanes(usual, region), self._costs)
         return Assignment(lanes) if region_us(region, lanes, self._costs) <= now_us else usual
 
-    def _innermost(self, region: Region) -> _Choice:
+    def _innermost(self, region: Region, busy: Collection[int]) -> _Choice:
         if self._nesting[region.index]:
             return Declined("its inner regions go to the workers instead")
-        return self._paying(self._workers)(region)
+        return self._decide(region, self._workers, busy, False)
 
 
 def _lanes(choice: _Choice, region: Region) -> tuple[int, ...]:

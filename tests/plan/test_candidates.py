@@ -12,7 +12,15 @@ from made import GPU, PATIENT, region
 from mpsrun.graph.regions import Region
 from mpsrun.plan.assign import hopeless
 from mpsrun.plan.bound import Bound, bound
-from mpsrun.plan.candidates import MAX_CANDIDATES, Candidate, candidates, nesting_of, predicted_us
+from mpsrun.plan.candidates import (
+    MAX_CANDIDATES,
+    Candidate,
+    candidates,
+    forced,
+    forced_streams,
+    nesting_of,
+    predicted_us,
+)
 from mpsrun.plan.cost import MACHINES, Costs
 from mpsrun.plan.memory import CONTEXT_BYTES, SHARE_BYTES, affordable, memory_needed_bytes, too_large, workspace_bytes
 from mpsrun.plan.plan import Assignment, Declined, Plan
@@ -175,10 +183,41 @@ def test_a_branch_that_leaves_takes_its_inner_regions_along() -> None:
     towers = [region(200, 200), region(100, 100, index=1, parent=(0, 0)), region(100, 100, index=2, parent=(0, 1))]
     found = by_name(candidates(towers, [1], COSTS, has_streams=False))
     outer, inner = found["workers, 2 lanes"].plan, found["workers, 2 lanes, inner regions"].plan
-    assert outer.regions[0] == Assignment((1, 0)) or outer.regions[0] == Assignment((0, 1))
-    assert [isinstance(choice, Declined) for choice in outer.regions.values()].count(True) == 1
+    assert outer.regions == {
+        0: Assignment((0, 1)),
+        1: Declined("the workers are busy with what runs beside it"),
+        2: Declined("goes along with branch 1 of region 0"),
+    }
     assert isinstance(inner.regions[0], Declined)
     assert [inner.regions[i] for i in (1, 2)] == [Assignment((0, 1))] * 2
+
+
+def test_inner_regions_take_the_lanes_that_are_free() -> None:
+    """A worker takes one thing after another: behind the other tower an inner region would wait for all of it."""
+    towers = [region(200, 200), region(100, 100, index=1, parent=(0, 0)), region(20, 80, index=2, parent=(1, 1))]
+    assert forced(towers, [1, 2, 3], COSTS).plan.regions == {
+        0: Assignment((0, 1)),
+        1: Assignment((0, 2)),
+        2: Declined("goes along with branch 1 of region 1"),
+    }
+    deep = [*towers[:2], region(40, 60, index=2, parent=(1, 0))]
+    assert forced(deep, [1, 2, 3], COSTS).plan.regions[2] == Assignment((0, 3))
+    assert isinstance(forced(deep, [1, 2], COSTS).plan.regions[2], Declined)
+
+
+def test_inner_regions_share_a_worker_with_an_early_head() -> None:
+    """It is soon done with that, beside most of the network."""
+    regions = [region(40, 400), region(130, 130, index=1, parent=(0, 1)), region(9, 9, index=2, parent=(0, 1))]
+    assert forced(regions, [1], COSTS).plan.regions == {
+        0: Assignment((1, 0)),
+        1: Assignment((0, 1)),
+        2: Assignment((0, 1)),
+    }
+
+
+def test_inner_regions_take_side_streams_of_their_own() -> None:
+    regions = [region(40, 400), region(130, 130, index=1, parent=(0, 1))]
+    assert forced_streams(regions, COSTS).plan.regions == {0: Assignment((-1, 0)), 1: Assignment((-2, -3))}
 
 
 def test_prediction_counts_inner_regions_inside_their_branch() -> None:
