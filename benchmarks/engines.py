@@ -13,13 +13,17 @@ from torch import Tensor, nn
 from benchmarks import by_hand
 from mpsrun import config
 from mpsrun.run.backend import mpsrun
+from mpsrun.run.captured import STEPS_BEFORE_THRIFT
+from mpsrun.run.keeping import STEPS_BEFORE_LENDING
 from mpsrun.run.recorder import restoring
 
 Call = Callable[..., Any]
 AUTO = "mpsrun auto"
 FORCED = tuple(f"mpsrun {lanes}" for lanes in get_args(config.Lanes) if lanes != "auto")
 WITH_WORKERS = (*(engine for engine in FORCED if "workers" in engine), AUTO)
+RECORDED = ("mpsrun captured", AUTO)
 WARM_UP_STEPS = 6
+STEPS_UNTIL_THRIFT = STEPS_BEFORE_THRIFT + STEPS_BEFORE_LENDING + 4
 MOST_WARM_UP_STEPS = 1000  # `auto` waits until the workers are ready, then tries its candidates
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import Case
-from benchmarks.engines import ENGINES, MOST_WARM_UP_STEPS, WARM_UP_STEPS
+from benchmarks.engines import ENGINES, MOST_WARM_UP_STEPS, RECORDED, STEPS_UNTIL_THRIFT, WARM_UP_STEPS
 from mpsrun.run import report
 
 FEW_STEPS = 3  # that are not timed: after them the allocator has what it needs
@@ -41,6 +41,7 @@ class Stepper:
         self._known = len(report.graphs)
         self._call = ENGINES[engine](self.model, on_device, case.of.bf16)
         self.warm_up_steps = WARM_UP_STEPS
+        self._is_recorded = engine in RECORDED and device() == "cuda"
 
     @property
     def graphs(self) -> list[report.Graph]:
@@ -65,6 +66,9 @@ class Stepper:
         while self.warm_up_steps < MOST_WARM_UP_STEPS and any(graph.undecided for graph in self.graphs):
             seconds += self.time_steps(WARM_UP_STEPS) * WARM_UP_STEPS / 1e3
             self.warm_up_steps += WARM_UP_STEPS
+        if self._is_recorded:
+            seconds += self.time_steps(STEPS_UNTIL_THRIFT) * STEPS_UNTIL_THRIFT / 1e3
+            self.warm_up_steps += STEPS_UNTIL_THRIFT
         return seconds
 
     def time_steps(self, steps: int) -> float:

@@ -25,7 +25,6 @@ from mpsrun.run import report, state
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.demand import Demand
 from mpsrun.run.profile import Alone
-from mpsrun.run.recorder import recorder
 
 ROOT = Path(__file__).parent.parent
 (TRIAL_CASE,) = chosen(["trial"])
@@ -212,13 +211,6 @@ def test_memory_of_others_is_not_an_engines_own(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(memory.nvml, "memory_by_pid", lambda: {10: 600, 11: 0})  # a driver that does not tell
     gpu.now = [(0, 0)]
     assert memory.Meter(gpu).measure(lambda: None, True)["workers MiB"] is None
-
-
-def test_recordings_of_two_engines_share_no_pool() -> None:
-    first = recorder(torch.device("cpu"))
-    gpu = Gpu()
-    memory.Meter(gpu)
-    assert recorder(torch.device("cpu")) is not first
 
 
 @pytest.mark.parametrize("name", ["towers", "pathnet", "two-towers", "ensemble", "wide", "inception", "hrnet"])
@@ -492,7 +484,9 @@ def test_the_least_step_hands_out_all_gradients() -> None:
 
 
 def test_what_is_not_captured_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(captured_host.Quiet, "around", lambda *_: SimpleNamespace(era=0, make_room=refuse))
+    monkeypatch.setattr(
+        captured_host.Quiet, "around", lambda *_: SimpleNamespace(era=0, may_free=True, make_room=refuse)
+    )
     with pytest.raises(RuntimeError, match="expected trial-4 to be captured"):
         captured_host.captured_host(TRIAL_CASE, 1, 1)
 

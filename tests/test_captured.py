@@ -1,16 +1,13 @@
 """Captured lanes: everything around a recording. On a CPU a replay computes anew; what is recorded is for tests/gpu."""
 
 import dataclasses
-import functools
 import gc
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from captures import (
-    Heads,
     Pair,
     assert_settings_are_followed,
     assert_transparent,
@@ -30,9 +27,8 @@ from networks import SMALL, Three
 from torch import Tensor, nn
 
 from mpsrun import config
-from mpsrun.run import captured, keeping, replay, report, verify
+from mpsrun.run import captured, replay, report, verify
 from mpsrun.run.captured import Captured
-from mpsrun.run.replay import Thrift
 from mpsrun.run.special import Planner
 
 TWICE = "backward through the graph a second time"
@@ -97,83 +93,6 @@ def test_retain_graph_and_a_second_backward() -> None:
         return output
 
     pair_of().both(twice)
-
-
-def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Thrift]:
-    """The thrift of each forward that is recorded from now on."""
-    found: list[Thrift] = []
-
-    class Noted(replay.Body):
-        def __init__(self, *args: Any) -> None:
-            found.append(args[-1])
-            super().__init__(*args)
-
-    monkeypatch.setattr(captured, "Body", Noted)
-    return found
-
-
-def test_a_kept_graph_has_the_next_recording_keep_its_activations(
-    made: list[Captured], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Until then backward uses their memory again, as in plain PyTorch."""
-    bodies = recordings(monkeypatch)
-    pair = pair_of()
-    assert bodies == [(True, True)]
-
-    def twice(model: nn.Module) -> Tensor:
-        output = model(inputs(2))
-        output.sum().backward(retain_graph=True)
-        output.square().sum().backward()
-        return output
-
-    before = made[0].replays
-    for _ in range(3):
-        pair.both(twice)
-    assert bodies == [(True, True), (False, True)]
-    assert made[0].replays == before + 3
-
-
-def test_outputs_whose_gradients_come_in_turn(made: list[Captured], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A backward of one output, then of another: the recording cannot have freed what the second one reads."""
-
-    def in_turn(model: nn.Module, seed: int) -> None:
-        model.zero_grad()
-        left, right = model(inputs(seed))
-        left.sum().backward()
-        right.square().sum().backward()
-
-    bodies = recordings(monkeypatch)
-    pair = Pair(on_captured, Heads, calls=0)
-    for seed in range(6):
-        pair.both(functools.partial(in_turn, seed=seed))
-    assert bodies == [(True, True), (False, True)]
-    assert made[0].replays == 4
-
-
-@pytest.mark.parametrize("habit", ["keeps", "accumulates"])
-def test_large_gradients_are_copied_once_one_was_kept(
-    made: list[Captured], monkeypatch: pytest.MonkeyPatch, habit: str
-) -> None:
-    monkeypatch.setattr(keeping, "LARGE_BYTES", 0)
-    bodies = recordings(monkeypatch)
-    pair = pair_of()
-    kept: list[Tensor] = []
-
-    def step(model: nn.Module, keeps: bool) -> list[Tensor]:
-        if not (keeps and habit == "accumulates"):
-            model.zero_grad()
-        model(inputs(2)).square().sum().backward()
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        kept.extend(grads if keeps and habit == "keeps" else ())
-        return [grad.clone() for grad in grads]
-
-    for _ in range(keeping.STEPS_BEFORE_LENDING + 3):
-        pair.both(lambda model: step(model, False))
-    assert bodies == [(True, True)]
-    for _ in range(3):
-        pair.both(lambda model: step(model, True))
-    assert bodies == [(True, True), (True, False)]
-    assert made[0].replays == 1 + keeping.STEPS_BEFORE_LENDING + 3 + 3
 
 
 def test_a_graph_that_is_kept_is_not_overwritten(made: list[Captured]) -> None:

@@ -6,6 +6,9 @@ combination of outputs that has gradients. The first call under given settings r
 at first use is there.
 
 A recording holds the activations of one call. While that one's backward may still come, another call runs without it.
+
+Once many steps in a row were alike, and asked for nothing more than plain PyTorch's memory holds, the graph is recorded
+anew with thrift. A script that asks for more after that gets a recording without.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from mpsrun.run.replay import Body, Settings, Subject, Thrift
 
 # Whoever moves parameters or changes settings more often than this is served better without recordings.
 MOST_RECORDINGS = 4
+# More than the tuner takes with one plan, so that it does not time a recording.
+STEPS_BEFORE_THRIFT = 32
 # Each of them keeps the activations of a call.
 MOST_RECORDED = 8
 
@@ -29,13 +34,15 @@ MOST_RECORDED = 8
 class Captured:
     """A lowered graph, called like `run`, with which it starts and to which it goes back where it must.
 
-    replays: how many calls were replayed.
+    replays: how many calls were replayed. thrift: what is recorded with.
     """
 
     def __init__(self, subject: Subject, run: Callable[..., Any], recorder: Recorder) -> None:
         self.replays = 0
+        self.thrift = Thrift(False, False)
         self._subject, self._run, self._recorder = subject, run, recorder
-        self._thrift = Thrift(frees=recorder.may_free, lends=True)
+        self._may_save = recorder.may_free
+        self._may_lend = True
         self._body: Body | None = None
         self._recordings = 0
         self._settings: Settings | None = None  # those of the last call that ran as it is
@@ -55,17 +62,12 @@ class Captured:
             self._lock.release()
 
     def _body_for(self, args: tuple[Any, ...]) -> Body | None:
-        if self._body is not None and self._body.failed is not None and not self._body.is_busy:
-            self._give_up(self._body.failed)
-        if self._body is not None and self._body.outgrown and not self._body.is_busy:
-            self._body, self._thrift = None, self._thrift._replace(frees=False)
+        if self._body is not None and not self._body.is_busy and self._changes_thrift(self._body):
+            self._body = None
+            self._recordings -= 1
         body, settings = self._body, (modes.flags(), modes.ambient(self._subject.kind), self._recorder.era)
         if body is not None and body.settings == settings and body.fits(args):
-            if body.is_busy:
-                return None
-            if body.is_free():
-                return body
-            self._thrift = self._thrift._replace(lends=False)
+            return None if body.is_busy else body
         if self._recordings >= MOST_RECORDINGS and body is not None and not body.is_busy:
             times = f"it was recorded {MOST_RECORDINGS} times, as parameters moved, or settings or workers changed"
             self._give_up(NotShippable(times))
@@ -80,13 +82,37 @@ class Captured:
             self._subject.recorded.add(self)
             if len(self._subject.recorded) > MOST_RECORDED:
                 raise NotShippable(f"{MOST_RECORDED} others of this graph are, for other sizes, modes and plans")
-            body = Body(self._subject, self._run, args, self._recorder, self._bumps, settings, self._thrift)
+            body = Body(self._subject, self._run, args, self._recorder, self._bumps, settings, self.thrift)
             self._body = body if self._recorder.era == settings[2] else None  # another thread may have changed it
         except NotNow:
             self._recordings -= 1
         except (RuntimeError, NotShippable) as error:
-            self._give_up(error)
+            if self.thrift.frees:
+                self._recordings -= 1
+                self._spend()
+            else:
+                self._give_up(error)
         return self._body
+
+    def _changes_thrift(self, body: Body) -> bool:
+        """Whether a recording with more or less thrift is to take the place of this one; asked before each forward."""
+        if body.failed is not None and not body.thrift.frees:
+            self._give_up(body.failed)
+            return False
+        if body.failed is not None or body.outgrown:
+            self._spend()
+        elif self._may_save and not body.thrift.frees and body.regular >= STEPS_BEFORE_THRIFT:
+            self.thrift = Thrift(True, self._may_lend)
+        elif not body.is_free():
+            self._may_lend = False
+            self.thrift = Thrift(True, False)
+        else:
+            return False
+        return True
+
+    def _spend(self) -> None:
+        """No thrift any more."""
+        self._may_save, self.thrift = False, Thrift(False, False)
 
     def _give_up(self, error: Exception) -> None:
         self._body, self._recordings = None, MOST_RECORDINGS

@@ -19,7 +19,7 @@ from mpsrun.graph.effects import Effects
 from mpsrun.graph.state import State, applied
 from mpsrun.run import state as modes
 from mpsrun.run.executor import copy_all
-from mpsrun.run.forkjoin import Function, check_versions, keeps_graph, versions_of
+from mpsrun.run.forkjoin import SECOND_BACKWARD, Function, check_versions, keeps_graph, versions_of
 from mpsrun.run.keeping import Gathered, Keeper
 from mpsrun.run.layout import Gradients, TensorMeta, follow_gradients
 from mpsrun.run.plainrun import Generators, PlainRun, generators
@@ -28,14 +28,14 @@ from mpsrun.wire.messages import Flags
 
 # What a recording was made under and cannot be changed afterwards; the era of the recorder.
 Settings = tuple[Flags, State, object]
-FREED = 0  # generations count from 1
 
 
 class Subject:
     """What has to be known of a graph to record it.
 
-    statics: the arguments that are read and written where they are. refusal: why it cannot be recorded, if so.
-    recorded: by whom it is, under sizes, modes and plans that differ.
+    statics: the arguments that are read and written where they are. evolving: those of them that it writes, and whose
+    values before it has read, unlike BatchNorm's. refusal: why it cannot be recorded, if so. recorded: by whom it is,
+    under sizes, modes and plans that differ.
     """
 
     def __init__(self, gm: fx.GraphModule, effects: Effects, kind: str) -> None:
@@ -43,6 +43,7 @@ class Subject:
         self.kind = kind
         self.is_random = any(facts.random for facts in effects.facts.values())
         self.statics = frozenset(i for i, k in enumerate(self.plain.kinds) if k in ("parameter", "buffer"))
+        self.evolving = [i for i in self.plain.written if _is_read(effects, self.plain.placeholders[i])]
         self.refusal = self.plain.refusal or self._refusal(gm, effects)
         self.recorded: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -66,24 +67,27 @@ class Subject:
 class _Call:
     """One forward, and the backwards that may come.
 
-    args: what it was called with, until its backward is through. generation: which replay of the recording it was,
-    `FREED` once a backward has used its memory again. versions: of what backward reads again. spent: whether its
-    backward came, and the script did not ask to keep the graph.
+    body, args: whose it is and what it was called with, until its backward is through. generation: which replay of the
+    recording it was. versions: of what backward reads again, and after these of what only forward has read. backwards:
+    how many there were. freed: whether one of them has used its memory again. spent: whether one came for which the
+    script did not ask to keep the graph.
     """
 
-    body: Body
+    body: Body | None
     args: tuple[Any, ...] | None
     generation: int
     start: Generators | None
     versions: Sequence[int] = ()
+    backwards: int = 0
+    freed: bool = False
     spent: bool = False
 
 
 class Thrift(NamedTuple):
-    """How memory is saved, as long as the script lets it.
+    """How memory is saved where the script lets it.
 
-    frees: backward uses the memory of what it has read again, as in plain PyTorch. lends: it leaves the script large
-    gradients where they are.
+    frees: backward uses the memory of what it has read again, as in plain PyTorch. lends: then it may leave the script
+    large gradients where they are.
     """
 
     frees: bool
@@ -93,8 +97,9 @@ class Thrift(NamedTuple):
 class Body:
     """A recording of forward with its memory, and those of backward.
 
-    settings: what it was made under. failed: why its backward cannot be recorded, if so. outgrown: whether the script
-    asked for a second backward of a call, after the first one's recording had come to free what it read.
+    settings, thrift: what it was made under. failed: why its backward cannot be recorded, if so. regular: how many
+    calls in a row had one backward each, of the same outputs, and kept nothing. outgrown: whether one was not like
+    that, after backward had come to free what it reads.
     """
 
     def __init__(
@@ -121,13 +126,18 @@ class Body:
         self._targets = [self._args[i].data for i in self._copied]  # whose versions autograd does not follow
         self._gradients = self._follow(args)
         self._saved = [*self._gradients.saved]
+        unread = {*subject.plain.written} - {*subject.evolving} | {*self._saved}
+        self._read = self._saved + [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and i not in unread]
+        self._before: dict[int, torch.Tensor] = {}
         self._outputs: list[torch.Tensor] = []
         self._grad_outputs: dict[int, torch.Tensor] = {}
         self._backwards: dict[tuple[int, ...], Recording] = {}
         self._keepers: dict[tuple[int, ...], Keeper] = {}
-        self._frees, self._lends = thrift
+        self.thrift = thrift
         self._generation = 0
         self.failed: RuntimeError | None = None
+        self.regular = 0
+        self._usual: tuple[int, ...] | None = None
         self.outgrown = False
         self._pending: Callable[[], _Call | None] = lambda: None
         recorder.make_room()
@@ -152,6 +162,7 @@ class Body:
         # Casts that autocast keeps would be of memory that the next replay overwrites.
         torch.clear_autocast_cache()
         try:
+            self._before = {i: self._args[i].detach().clone() for i in self._subject.evolving}
             with torch.set_grad_enabled(self._grad):
                 return self._run(*self._args)
         finally:
@@ -185,7 +196,7 @@ class Body:
         call = _Call(self, args, self._generation + 1, start)
         self._pending = weakref.ref(call)
         outputs = _Replay.apply(call, *[args[i] for i in self._wanted])
-        call.versions = versions_of(args, self._saved)  # also with what the graph itself has written
+        call.versions = versions_of(args, self._read)  # also with what the graph itself has written
         return self._put_together(outputs)
 
     def _put_together(self, tensors: Sequence[torch.Tensor]) -> Any:
@@ -217,7 +228,7 @@ class Body:
 
     def differentiate(self, call: _Call, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """The gradients of the arguments that want one, in memory that may be kept."""
-        check_versions(call.args, self._saved, call.versions)
+        check_versions(call.args, self._saved, call.versions[: len(self._saved)])
         present = tuple(i for i, gradient in enumerate(gradients) if gradient is not None)
         given = [gradient for gradient in gradients if gradient is not None]
         if not present:
@@ -226,16 +237,23 @@ class Body:
             found = self._plainly(call, present, given)
         else:
             found = self._replay_backward(call, present, given)
+        self._note(call, present)
         if not keeps_graph():
             call.spent = True
             if len(present) == sum(self.differentiable):
-                call.args = None
+                call.args = call.body = None
         return [*found]
+
+    def _note(self, call: _Call, present: tuple[int, ...]) -> None:
+        is_regular = not call.backwards and not keeps_graph() and self._usual in (None, present)
+        self.regular = self.regular + 1 if is_regular else 0
+        self._usual = present
+        call.backwards += 1
 
     def _serves(self, call: _Call, present: tuple[int, ...]) -> bool:
         """Whether the memory of the recording is that of this call, and can be computed with."""
-        if self._frees and self._backwards:
-            self.outgrown |= call.generation == FREED or keeps_graph() or present not in self._backwards
+        if self.thrift.frees:
+            self.outgrown |= call.freed or keeps_graph() or self._usual not in (None, present)
         if self.outgrown or self.failed is not None:
             return False
         return call.generation == self._generation and self._recorder.era == self.settings[2]
@@ -243,11 +261,23 @@ class Body:
     def _plainly(
         self, call: _Call, present: Sequence[int], given: Sequence[torch.Tensor]
     ) -> Sequence[torch.Tensor | None]:
-        """Gradients that can be differentiated again, or those of a call whose activations are gone: forward anew."""
+        """Gradients that can be differentiated again, or those of a call whose activations are gone: forward anew.
+
+        Raises RuntimeError where what forward has read is not there any more.
+        """
         plain, args = self._subject.plain, call.args
         if args is None:
             raise RuntimeError("mpsrun: a call that is over")
-        values = [arg.clone() if i in plain.written else arg for i, arg in enumerate(args)]
+        changed = [i for i, v in zip(self._read, call.versions, strict=True) if args[i]._version != v]
+        if call.generation != self._generation:
+            changed += self._subject.evolving
+        if changed:
+            raise RuntimeError(
+                f"mpsrun must compute forward anew for this backward, but {plain.names[changed[0]]} was changed since; "
+                "ask for this backward before that, keep graphs from the first step on, or use --lanes streams"
+            )
+        before = self._before
+        values = [before.get(i, arg).clone() if i in plain.written else arg for i, arg in enumerate(args)]
         # Forward happened outside of whatever transform backward is under.
         with temporarily_clear_interpreter_stack(), applied(self._state):
             result, _ = plain.run(values, call.start or generators())
@@ -268,22 +298,22 @@ class Body:
                 self._grad_outputs[i] = torch.empty_like(self._outputs[i])
         copy_all([self._grad_outputs[i] for i in present], given)
         if present not in self._backwards:
-            self._frees = self._frees and not keeps_graph()
             try:
                 self._backwards[present] = self._recorder.record(lambda: self._gathered(present), self._forward)
             except RuntimeError as error:
-                self.failed = error
-                return self._plainly(call, present, given)
-        gathered = self._backwards[present].replay()
-        if self._frees:
-            call.generation = FREED
+                self.failed = error.with_traceback(None)  # which holds all that was recorded
+                if self.thrift.frees:
+                    return self._plainly(call, present, given)
+        recording = self._backwards.get(present)
+        gathered = recording.replay() if recording is not None else self._gathered(present)
+        call.freed = self.thrift.frees
         return self._keepers[present].hand_out(gathered)
 
     def _gathered(self, present: tuple[int, ...]) -> Gathered:
         found = self._grad_of(present)
         if present not in self._keepers:
             others = [*self._grad_outputs.values(), *self._outputs, *_tensors(self._args)]
-            self._keepers[present] = Keeper(found, self._frees and self._lends, others)
+            self._keepers[present] = Keeper(found, self.thrift.lends, others)
         return self._keepers[present].gather(found)
 
     def _grad_of(self, present: Sequence[int]) -> Sequence[torch.Tensor | None]:
@@ -294,7 +324,7 @@ class Body:
                 [self._args[i] for i in self._wanted],
                 [self._grad_outputs[i] for i in present],
                 allow_unused=True,
-                retain_graph=not self._frees,
+                retain_graph=not self.thrift.frees,
             )
 
 
@@ -303,14 +333,30 @@ class _Replay(Function):
     def forward(ctx: Any, call: _Call, *_wanted: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.call = call
         ctx.set_materialize_grads(False)
-        outputs = call.body.replay(call)
-        flags = call.body.differentiable
+        body = call.body
+        assert body is not None, "its backward has not come"
+        outputs, flags = body.replay(call), body.differentiable
         ctx.mark_non_differentiable(*(o for o, d in zip(outputs, flags, strict=True) if not d))
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
-        return None, *ctx.call.body.differentiate(ctx.call, gradients)
+        call: _Call = ctx.call
+        if call.body is None:
+            raise RuntimeError(SECOND_BACKWARD)
+        return None, *call.body.differentiate(call, gradients)
+
+
+def _is_read(effects: Effects, placeholder: fx.Node) -> bool:
+    """Whether what a written argument held before matters. Statistics of BatchNorm and steps counted are not read."""
+    own = effects.facts[placeholder].outputs
+    for node, facts in effects.facts.items():
+        written = own & facts.writes
+        if written and not written <= facts.hidden_writes and node.users:
+            return True
+        if own & facts.reads and not written:
+            return True
+    return False
 
 
 def _stand_at(args: Sequence[Any], pointers: Sequence[int | None], places: Sequence[int]) -> bool:

@@ -197,10 +197,10 @@ class Planner:
         return memory.affordable(found, self._regions, torch.cuda.mem_get_info()[0], started)
 
     def _tuning(self, special: Special, owner: Coordinator | None, entry: Entry | None) -> Tuning:
-        epoch = special.epoch
+        epoch, is_first = special.epoch, True
 
         def decided(chosen: int) -> None:
-            is_first = special.description in self._summary.undecided
+            nonlocal is_first
             self._summary.undecided.discard(special.description)
             self._chosen(special, chosen)
             # what a lost worker left to choose from, and what a load made of it, is not for other runs
@@ -208,6 +208,7 @@ class Planner:
                 self._cache(special, chosen)
             if owner is not None and (is_first or tuning.is_short_of_memory):  # what only other candidates needed
                 owner.trim()
+            is_first = False
 
         def can_run() -> bool:
             return all(variant.is_ready() for variant in special.variants.values())

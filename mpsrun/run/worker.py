@@ -241,8 +241,10 @@ class Worker:
     def _forward_of(self, message: m.Record) -> Recording | None:
         """The recording whose backward is to be recorded, if it is one."""
         invocation = message.steps[0].invocation
-        relays = (relay for relay in self._relays.values() if relay.steps[0].invocation == invocation)
-        return next((relay.recording for relay in relays if isinstance(relay.steps[0], m.Forward)), None)
+        for relay in self._relays.values():
+            if any(isinstance(step, m.Forward) and step.invocation == invocation for step in relay.steps):
+                return relay.recording
+        return None
 
     def _replay(self, message: m.Replay) -> None:
         """On a GPU this only queues a wait, a graph, and a signal."""

@@ -1,0 +1,265 @@
+"""Captured lanes with thrift: a backward that frees what it reads, and gradients that are lent, where scripts let them.
+
+A CPU's recordings call the function anew: what is freed is seen here, memory that is overwritten in tests/gpu.
+"""
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from captures import Heads, Pair, gradient_penalty, inputs, kept_graph, noted, on_captured, step, three, two_forwards
+from torch import Tensor, nn
+
+from mpsrun.run import captured, keeping, replay, report
+from mpsrun.run.captured import Captured
+from mpsrun.run.recorder import Recording, Repeater
+from mpsrun.run.replay import Thrift
+
+NONE, ALL = Thrift(False, False), Thrift(True, True)
+Use = Callable[[nn.Module], Any]
+
+
+@pytest.fixture(autouse=True)
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Captured]:
+    """All captured graphs of a test, which start with thrift after three steps that are alike."""
+    torch._dynamo.reset()
+    report.graphs.clear()
+    monkeypatch.setattr(captured, "STEPS_BEFORE_THRIFT", 3)
+    return noted(monkeypatch)
+
+
+@pytest.fixture
+def bodies(monkeypatch: pytest.MonkeyPatch) -> list[Thrift]:
+    """The thrift of each forward that is recorded."""
+    found: list[Thrift] = []
+
+    class Noted(replay.Body):
+        def __init__(self, *args: Any) -> None:
+            found.append(args[-1])
+            super().__init__(*args)
+
+    monkeypatch.setattr(captured, "Body", Noted)
+    return found
+
+
+class Counting(nn.Module):
+    """Reads a buffer that each call changes, and has a bias that backward does not read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = three(), nn.Linear(2, 3)
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps.add_(1)
+        return self.head(torch.tanh(self.body(x)) * self.steps)
+
+
+def thrifty(bodies: list[Thrift], make: Callable[[], nn.Module] = three) -> Pair:
+    """A pair that has come to thrift."""
+    pair = Pair(on_captured, make, calls=6)
+    assert bodies == [NONE, ALL]
+    return pair
+
+
+def twice(model: nn.Module) -> Tensor:
+    output = model(inputs(2))
+    output.sum().backward(retain_graph=True)
+    output.square().sum().backward()
+    return output
+
+
+def test_it_starts_once_steps_were_alike(bodies: list[Thrift], made: list[Captured]) -> None:
+    pair = Pair(on_captured, three, calls=5)
+    assert bodies == [NONE]
+    pair.both(step)
+    assert bodies == [NONE, ALL]
+    for _ in range(12):
+        pair.both(step)
+    assert bodies == [NONE, ALL]
+    assert made[0].replays == 16
+
+
+@pytest.mark.parametrize("habit", [twice, kept_graph, gradient_penalty])
+def test_habits_from_the_first_step_on_keep_it_away(bodies: list[Thrift], habit: Use) -> None:
+    pair = Pair(on_captured, three, calls=0)
+    for _ in range(12):
+        pair.both(habit)
+    assert bodies == [NONE]
+
+
+def test_two_forwards_do_not_keep_it_away(bodies: list[Thrift]) -> None:
+    """The second one runs as it is."""
+    pair = Pair(on_captured, three, calls=0)
+    for _ in range(12):
+        pair.both(two_forwards)
+    assert bodies == [NONE, ALL]
+
+
+@pytest.mark.parametrize("make", [three, Counting], ids=["three", "counting"])
+def test_a_kept_graph_ends_it(bodies: list[Thrift], made: list[Captured], make: Callable[[], nn.Module]) -> None:
+    """The step in which that happens is computed anew, from what was there before it."""
+    pair = thrifty(bodies, make)
+    before = made[0].replays
+    for _ in range(6):
+        pair.both(twice)
+    for _ in range(6):
+        pair.both(step)
+    assert bodies == [NONE, ALL, NONE]
+    assert made[0].replays == before + 12
+
+
+@pytest.mark.parametrize("make", [three, Counting], ids=["three", "counting"])
+def test_gradients_of_gradients_do_not(bodies: list[Thrift], make: Callable[[], nn.Module]) -> None:
+
+    def weight_penalty(model: nn.Module) -> Tensor:
+        model.zero_grad()
+        output = model(inputs(2))
+        gradients = torch.autograd.grad(output.square().mean(), [*model.parameters()], create_graph=True)
+        sum(gradient.square().mean() for gradient in gradients).backward()  # type: ignore[union-attr]
+        return output
+
+    pair = thrifty(bodies, make)
+    for _ in range(3):
+        pair.both(weight_penalty)
+    assert bodies == [NONE, ALL]
+
+
+def test_outputs_whose_gradients_come_in_turn(bodies: list[Thrift], made: list[Captured]) -> None:
+    def in_turn(model: nn.Module, seed: int) -> None:
+        model.zero_grad()
+        left, right = model(inputs(seed))
+        left.sum().backward()
+        right.square().sum().backward()
+
+    def together(model: nn.Module, seed: int) -> None:
+        model.zero_grad()
+        left, right = model(inputs(seed))
+        (left.sum() + right.square().sum()).backward()
+
+    pair = Pair(on_captured, Heads, calls=0)
+    for seed in range(6):
+        pair.both(functools.partial(in_turn, seed=seed))
+    assert bodies == [NONE]
+    for seed in range(6):
+        pair.both(functools.partial(together, seed=seed))
+    assert bodies == [NONE, ALL]
+    for seed in range(3):
+        pair.both(functools.partial(in_turn, seed=seed))
+    assert bodies == [NONE, ALL, NONE]
+    assert made[0].replays == 13
+
+
+def test_what_forward_has_read_and_is_gone(bodies: list[Thrift]) -> None:
+    """A wrong gradient would be worse than none."""
+
+    def with_a_step_between(model: nn.Module) -> None:
+        output = model(inputs(2))
+        output.sum().backward(retain_graph=True)
+        with torch.no_grad():
+            model.head.bias.add_(1)  # type: ignore[union-attr, operator]
+        output.square().sum().backward()
+
+    model = on_captured(Counting().double())
+    for _ in range(6):
+        step(model)
+    assert bodies == [NONE, ALL]
+    with pytest.raises(RuntimeError, match=r"compute forward anew for this backward, but head\.bias was changed since"):
+        with_a_step_between(model)
+    with_a_step_between(model)
+    assert bodies == [NONE, ALL, NONE]
+
+
+def test_a_backward_that_cannot_free_goes_back_to_one_that_keeps(
+    bodies: list[Thrift], made: list[Captured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = Repeater.record
+    fails = [False, False, False, True]  # forward and backward, without thrift and then with it
+
+    def recorded(self: Repeater, function: Callable[[], Any], forward: Recording | None = None) -> Recording:
+        if fails and fails.pop(0):
+            raise torch.OutOfMemoryError("no memory for a recording")
+        return record(self, function, forward)
+
+    monkeypatch.setattr(Repeater, "record", recorded)
+    pair = Pair(on_captured, Counting, calls=12)
+    assert bodies == [NONE, ALL, NONE]
+    assert made[0].replays == 10
+    pair.both(twice)
+
+
+def test_a_forward_that_cannot_be_recorded_anew(
+    bodies: list[Thrift], made: list[Captured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step runs as it is, then as before."""
+    record = Repeater.record
+    fails = [False, False, True]
+
+    def recorded(self: Repeater, function: Callable[[], Any], forward: Recording | None = None) -> Recording:
+        if fails and fails.pop(0):
+            raise torch.OutOfMemoryError("no memory for a recording")
+        return record(self, function, forward)
+
+    monkeypatch.setattr(Repeater, "record", recorded)
+    Pair(on_captured, three, calls=12)
+    assert bodies == [NONE, ALL, NONE]
+    assert made[0].replays == 9
+
+
+def test_a_backward_that_is_recorded_in_no_way(made: list[Captured], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step that finds out is computed op by op, on what its forward has left."""
+    record = Repeater.record
+
+    def recorded(self: Repeater, function: Callable[[], Any], forward: Recording | None = None) -> Recording:
+        if forward is not None:
+            raise torch.OutOfMemoryError("no memory for a recording")
+        return record(self, function, forward)
+
+    monkeypatch.setattr(Repeater, "record", recorded)
+    Pair(on_captured, Counting, calls=6)
+    assert made[0].replays == 1
+
+
+@pytest.mark.parametrize("habit", ["keeps", "accumulates"])
+def test_large_gradients_are_copied_once_one_was_kept(
+    bodies: list[Thrift], monkeypatch: pytest.MonkeyPatch, habit: str
+) -> None:
+    monkeypatch.setattr(keeping, "LARGE_BYTES", 0)
+    pair = thrifty(bodies)
+    kept: list[Tensor] = []
+
+    def one(model: nn.Module, keeps: bool) -> list[Tensor]:
+        if not (keeps and habit == "accumulates"):
+            model.zero_grad()
+        model(inputs(2)).square().sum().backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        kept.extend(grads if keeps and habit == "keeps" else ())
+        return [grad.clone() for grad in grads]
+
+    for _ in range(keeping.STEPS_BEFORE_LENDING + 3):
+        pair.both(lambda model: one(model, False))
+    assert bodies == [NONE, ALL]
+    for _ in range(6):
+        pair.both(lambda model: one(model, True))
+    assert bodies == [NONE, ALL, Thrift(True, False)]
+
+
+def test_a_loss_that_is_kept_does_not_keep_the_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else two recordings would be in memory while the second one is made."""
+    fast = on_captured(copy.deepcopy(three().double()))
+    losses = []
+    for _ in range(8):
+        losses.append(fast(inputs()).sum())
+        losses[-1].backward()
+    holders = [call for call in map(_call_behind, losses) if call is not None]
+    assert holders
+    assert all(call.body is None for call in holders)
+
+
+def _call_behind(loss: Tensor) -> Any:
+    """The call of a recording that a loss comes from; None where it came from none."""
+    found = loss.grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+    return getattr(found, "call", None)
