@@ -40,8 +40,10 @@ MEMORY = f"""\
 MiB at most while training steps run: what torch's allocator has reserved in the lead, pools of CUDA graphs included,
 without what the other engines of the row hold; then all memory of the worker processes, with their contexts, what they
 share with the lead, and what other engines have left there. The lead's own context and what the driver keeps of graphs
-are not counted. Mpsrun may use {LEAD_LIMIT} times what eager does, and {WORKER_LIMIT_MIB} MiB for each worker: what is
-more has this limit behind it.
+are not counted. Below 0 is what a row gained from memory that the row before it had left.
+
+Mpsrun may use {LEAD_LIMIT} times what eager does, and {WORKER_LIMIT_MIB} MiB for each worker: what is more has this
+limit behind it. A bare CUDA context takes as much as that on an H200.
 """
 
 

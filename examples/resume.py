@@ -1,7 +1,7 @@
 """Trains on scikit-learn's handwritten digits, and goes on where it was when it is started again.
 
-    mpsrun --max-restarts 3 examples/resume.py
-    mpsrun --max-restarts 3 examples/resume.py --fail-at 30
+    mpsrun --max-restarts 3 examples/resume.py --checkpoints $(mktemp -d)
+    mpsrun --max-restarts 3 examples/resume.py --checkpoints $(mktemp -d) --fail-at 30
 
 The second one ends itself in the middle of its 30th step. Two lines of the loop are those of mpsrun.Checkpointer.
 """

@@ -33,7 +33,7 @@ Options before the script are mpsrun's; everything after it is the script's.
                                plans may give workers shares, and change them
   --mps auto|on|off            CUDA MPS: start or join a daemon, insist on it, or do without
   --capture auto|off           compile the script's networks in place, or only what asks for backend="mpsrun"
-  --log-dir DIR                keep the workers' logs there
+  --log-dir DIR                keep the logs of the workers and of CUDA MPS there, and the watchdog's reports
   --timeout SECONDS            the watchdog of every wait for a worker (default 30)
   --plan FILE                  follow the plan in this file instead of tuning
   --save-plan FILE             write the plan that each network ends up with
@@ -44,11 +44,13 @@ Options before the script are mpsrun's; everything after it is the script's.
   --tune-convolutions          try a plan whose convolutions have the algorithms that are fastest beside each other;
                                takes seconds more at the start, and results may then differ by rounding
   --compile-branches           try a plan whose workers compile their branches with torch's Inductor, or with --lanes
-                               workers do so; takes up to minutes more, and results then differ by rounding
+                               workers or captured-workers do so; takes up to minutes more, and results then differ
+                               by rounding
   --max-restarts N             start the script again after a failure, N times at most (default 0); it should go on
                                from a checkpoint, see mpsrun.Checkpointer
-  --strict                     raise a worker's error in the script instead of computing its branch there
-  --verbose                    say what was found, refused and why
+  --strict                     raise a worker's error or lack of memory in the script instead of computing its branch
+                               there
+  --verbose                    say what was found, refused and why, and at the end which branch ran where
   --version, --help
 
 `mpsrun explain` prints the branches of the script's networks with their times alone, what could be gained, and the
@@ -151,6 +153,7 @@ def _refuse_without_effect(values: Mapping[str, Any]) -> None:
         ("--compile-branches", values.get("compile_branches", False), ("auto", "workers", "captured-workers")),
         ("--tune-convolutions", values.get("tune_convolutions", False), ("auto",)),
         ("--adapt on", values.get("adapt") == "on", ("auto",)),
+        ("--plan", values.get("plan") is not None, ("auto",)),
     ):
         if is_given and lanes not in useful:
             known = " or ".join(useful)

@@ -6,6 +6,7 @@ A CPU's recordings call the function anew: what is freed is seen here, memory th
 import copy
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -221,6 +222,110 @@ def test_a_backward_that_is_recorded_in_no_way(made: list[Captured], monkeypatch
     monkeypatch.setattr(Repeater, "record", recorded)
     Pair(on_captured, Counting, calls=6)
     assert made[0].replays == 1
+
+
+class Overwriting:
+    """As a GPU records: each replay has its results in the same tensors, and the next forward writes over gradients."""
+
+    era, may_free = 0, True
+
+    def make_room(self) -> None:
+        """There is no pool."""
+
+    def record(self, function: Callable[[], Any], forward: "Overwritten | None" = None) -> "Overwritten":
+        return Overwritten(function, forward)
+
+
+class Overwritten:
+    def __init__(self, function: Callable[[], Any], forward: "Overwritten | None") -> None:
+        self._function, self._forward = function, forward
+        self._large: list[Tensor] = []  # that a backward of this forward has left
+
+    def replay(self) -> Any:
+        if self._forward is None:
+            for tensor in self._large:
+                tensor.data.fill_(torch.nan)
+            return self._function()
+        found = self._function()
+        own = [tensor for _, large in found.rows for tensor in large]
+        if not self._forward._large:
+            self._forward._large = own
+        for kept, new in zip(self._forward._large, own, strict=True):
+            kept.data.copy_(new)
+        left = iter(self._forward._large)
+        rows = tuple((small, [next(left) for _ in large]) for small, large in found.rows)
+        return replace(found, rows=rows)
+
+
+def drops(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], number: int) -> object:
+    optimizer.zero_grad()
+    loss().backward()
+    return None
+
+
+def drops_after_forward(
+    model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], number: int
+) -> object:
+    found = loss()
+    optimizer.zero_grad()
+    found.backward()
+    return None
+
+
+def keeps_some(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], number: int) -> object:
+    drops(model, optimizer, loss, number)
+    return [p.grad for p in model.parameters()] if number in (16, 30) else None
+
+
+def keeps_views(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], number: int) -> object:
+    drops(model, optimizer, loss, number)
+    return [p.grad.view(-1)[:1] for p in model.parameters() if p.grad is not None] if number in (16, 30) else None
+
+
+def accumulates(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], number: int) -> object:
+    if number < 16 or not number % 4:
+        optimizer.zero_grad()
+    loss().backward()
+    return None
+
+
+def asks_for_gradients(
+    model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], number: int
+) -> object:
+    optimizer.zero_grad()
+    gradients = torch.autograd.grad(loss(), [*model.parameters()])
+    for p, gradient in zip(model.parameters(), gradients, strict=True):
+        p.grad = gradient
+    return None
+
+
+HABITS = [drops, drops_after_forward, keeps_some, keeps_views, accumulates, asks_for_gradients]
+
+
+@pytest.mark.parametrize("habit", HABITS, ids=lambda habit: habit.__name__)
+def test_gradients_where_they_were_recorded(monkeypatch: pytest.MonkeyPatch, habit: Callable[..., Any]) -> None:
+    """Handed out without a copy, they are the script's all the same."""
+    monkeypatch.setattr(keeping, "LARGE_BYTES", 0)
+    monkeypatch.setattr("mpsrun.run.variant.recorder", lambda _device: Overwriting())
+    lent: list[int] = []
+    hand_out = keeping._Row.hand_out
+    monkeypatch.setattr(keeping._Row, "hand_out", lambda *args: (lent.append(args[3]), hand_out(*args))[1])
+    torch.manual_seed(0)
+    plain = three().double()
+    fast = on_captured(copy.deepcopy(plain))
+    seen = []
+    for model in (plain, fast):
+        optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+        kept, found = [], []
+        for number in range(40):
+            more = habit(model, optimizer, lambda: model(inputs(number)).square().mean(), number)  # noqa: B023
+            kept += more or []
+            found += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            optimizer.step()
+        seen.append(found + kept + [p.detach() for p in model.parameters()])
+    for got, wanted in zip(seen[1], seen[0], strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-11)
+    assert any(lent) == (habit is not drops_after_forward)
 
 
 @pytest.mark.parametrize("habit", ["keeps", "accumulates"])

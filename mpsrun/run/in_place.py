@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from mpsrun import log
 from mpsrun.run import backend, report
+from mpsrun.run.branches import Branches
 from mpsrun.run.state import transformed
 
 MOST_FRESH = 12  # calls in a row that may need another graph each, before a network is left alone
@@ -73,14 +74,21 @@ class _Call:
         elif not self._decided and torch.is_grad_enabled():
             self._decided = True
             if backend.calls.entered == entered:  # asked so, since networks of one kind share their graphs
-                self._give_up("nothing of it can use a lane")
+                self._tell_plain()
         elif self._decided and self._graphs and all(graph.plain for graph in self._graphs):
             self._give_up("nothing else is faster")
         return result
 
-    def _give_up(self, reason: str) -> None:
+    def _tell_plain(self) -> None:
+        """Without a word it would look as if mpsrun had done nothing."""
+        if any(isinstance(module, Branches) for module in self._module.modules()):
+            self._give_up("nothing of it but its Branches can use a lane")
+        else:
+            self._give_up("nothing of it can use a lane (--verbose says why)", log.say)
+
+    def _give_up(self, reason: str, say: Callable[[str], None] = log.detail) -> None:
         self._module._compiled_call_impl = None
-        log.detail(f"{type(self._module).__name__} runs plain: {reason}")
+        say(f"{type(self._module).__name__} runs plain: {reason}")
 
     def _odd(self, *values: Any) -> bool:
         """Whether an input is a tensor that Dynamo would give up on for good; says so once."""
