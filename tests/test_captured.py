@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from captures import (
+    Heads,
     Pair,
     assert_settings_are_followed,
     assert_transparent,
@@ -93,6 +94,33 @@ def test_retain_graph_and_a_second_backward() -> None:
         return output
 
     pair_of().both(twice)
+
+
+def test_outputs_of_two_optimizers(made: list[Captured]) -> None:
+    """One head steps before the other one's backward, which reads nothing of it."""
+
+    def in_turn(model: nn.Module) -> None:
+        model.zero_grad()
+        left, right = model(inputs(2))
+        left.square().sum().backward()
+        with torch.no_grad():
+            for p in model.left.parameters():  # type: ignore[union-attr]
+                p.sub_(0.01 * p.grad)
+        right.square().sum().backward()
+
+    def too_early(model: nn.Module) -> None:
+        left, right = model(inputs(2))
+        with torch.no_grad():
+            model.right.head.weight.mul_(2)  # type: ignore[union-attr, operator]
+        left.square().sum().backward()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            right.square().sum().backward()
+
+    pair = Pair(on_captured, Heads, calls=0)
+    for _ in range(4):
+        pair.both(in_turn)
+    pair.both(too_early)
+    assert made[0].replays == 3
 
 
 def test_a_graph_that_is_kept_is_not_overwritten(made: list[Captured]) -> None:

@@ -129,6 +129,7 @@ class Body:
         unread = {*subject.plain.written} - {*subject.evolving} | {*self._saved}
         self._read = self._saved + [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and i not in unread]
         self._before: dict[int, torch.Tensor] = {}
+        self._needs: dict[tuple[int, ...], Sequence[int]] = {}
         self._outputs: list[torch.Tensor] = []
         self._grad_outputs: dict[int, torch.Tensor] = {}
         self._backwards: dict[tuple[int, ...], Recording] = {}
@@ -228,8 +229,9 @@ class Body:
 
     def differentiate(self, call: _Call, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """The gradients of the arguments that want one, in memory that may be kept."""
-        check_versions(call.args, self._saved, call.versions[: len(self._saved)])
         present = tuple(i for i, gradient in enumerate(gradients) if gradient is not None)
+        places = self._needed(present)
+        check_versions(call.args, [self._saved[k] for k in places], [call.versions[k] for k in places])
         given = [gradient for gradient in gradients if gradient is not None]
         if not present:
             found: Sequence[torch.Tensor | None] = [None] * len(self._wanted)
@@ -243,6 +245,14 @@ class Body:
             if len(present) == sum(self.differentiable):
                 call.args = call.body = None
         return [*found]
+
+    def _needed(self, present: tuple[int, ...]) -> Sequence[int]:
+        """What backward reads of the arguments for these outputs: places in the list of what it may read."""
+        if present not in self._needs:
+            reached = self._gradients.reached
+            others = {*reached(range(len(self._outputs)))} - {*reached(present)}
+            self._needs[present] = [k for k, i in enumerate(self._saved) if i not in others]
+        return self._needs[present]
 
     def _note(self, call: _Call, present: tuple[int, ...]) -> None:
         is_regular = not call.backwards and not keeps_graph() and self._usual in (None, present)
