@@ -13,13 +13,14 @@ import pool
 import pytest
 import torch
 from networks import SMALL, Three
+from torch import Tensor, nn
 from transparency import TOLERANCE, Trained, assert_same, assert_transparent, trained
 from tuned import Timed, auto_lanes, compiled
 
 from mpsrun import config
 from mpsrun.plan import tuner
 from mpsrun.plan.planfile import PlanFile
-from mpsrun.run import explain, plans, report, special, tuning
+from mpsrun.run import explain, lower, plans, report, special, tuning
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.link import Link
 from mpsrun.wire.messages import Prepare
@@ -200,10 +201,41 @@ def test_side_streams(workers: Coordinator, name: str) -> None:
     assert any(lane < 0 for region in graph.regions for lane in region.lanes)
 
 
+class Siamese(nn.Module):
+    """One encoder for two inputs, or two."""
+
+    def __init__(self, shares: bool) -> None:
+        super().__init__()
+        self.left = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+        self.right = self.left if shares else copy.deepcopy(self.left)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.cat([self.left(x), self.right(y)], 1)
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_streams_that_share_parameters_are_told_so(monkeypatch: pytest.MonkeyPatch, shares: bool) -> None:
+    """Each of them makes casts of its own under autocast: none waits for those of another one."""
+    torch._dynamo.reset()
+    told: list[bool] = []
+    opened = lower.open_sides
+
+    def noted(*args: Any) -> Any:
+        told.append(args[3])
+        return opened(*args)
+
+    monkeypatch.setattr(lower, "open_sides", noted)
+    model = compiled(Siamese(shares), lanes="streams")
+    for _ in range(3):
+        model(torch.randn(5, 6), torch.randn(5, 6)).sum().backward()
+    assert told
+    assert set(told) == {shares}
+
+
 def test_streams_and_workers_in_one_region(workers: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
     from mpsrun.plan import candidates
 
-    def mixed(_planner: object, region: Any) -> Any:
+    def mixed(_planner: object, region: Any, _busy: object) -> Any:
         lanes = [(0, 1, -1, 2, -2)[i % 5] for i in range(len(region.branches))]
         free = [0 if branch.pinned else lane for branch, lane in zip(region.branches, lanes, strict=True)]
         return candidates.Assignment(tuple(free))

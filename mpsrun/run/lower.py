@@ -83,11 +83,11 @@ class _Brackets:
 
         return enter_mode
 
-    def fork(self, device: torch.device, places: Places) -> Callable[[LaneValues], Sides]:
+    def fork(self, device: torch.device, places: Places, apart: bool) -> Callable[[LaneValues], Sides]:
         self.used = True
 
         def open_lanes(inputs: LaneValues) -> Sides:
-            sides = open_sides(device, inputs, places)
+            sides = open_sides(device, inputs, places, apart)
             self._open.append(lambda: sides.join(()))
             return sides
 
@@ -108,13 +108,17 @@ class _Brackets:
 
 @dataclass(frozen=True)
 class _Open:
-    """An open region, in the new graph: the handle of its Fork, where the lead's own random ops draw, its streams."""
+    """An open region, in the new graph: the handle of its Fork, where the lead's own random ops draw, its streams.
+
+    apart: whether some of these, or of those of a region around it, share parameters.
+    """
 
     handle: fx.Node | None = None
     random: Mapping[fx.Node, int] = field(default_factory=dict)
     random_total: int = 0
     sides: fx.Node | None = None
     lane_of: Mapping[fx.Node, int] = field(default_factory=dict)
+    apart: bool = False
 
 
 NOWHERE = _Open()
@@ -157,7 +161,7 @@ class _Emitter:
         for unit in self._ordered(nodes, unit_of):
             if isinstance(unit, Lowered):
                 self._set_lane(0, within)
-                self._emit_region(unit, [r for r in fitting if r is not unit])
+                self._emit_region(unit, [r for r in fitting if r is not unit], within)
             else:
                 self._emit_node(unit, within)
 
@@ -192,7 +196,7 @@ class _Emitter:
         if count < len(before):
             raise NotShippable("it is interleaved with another region")
 
-    def _emit_region(self, lowered: Lowered, regions: Sequence[Lowered]) -> None:
+    def _emit_region(self, lowered: Lowered, regions: Sequence[Lowered], within: _Open) -> None:
         self._set_state(None)
         number, strands, cut = lowered.region.index, lowered.cut.strands, lowered.cut
         handles = []
@@ -201,11 +205,12 @@ class _Emitter:
             handles.append(self._graph.call_function(_forking(f"fork_{number}", strand), args))
         self._handles += handles
         self.strands += strands
-        sides = self._open_sides(lowered) if cut.sides else None
+        apart = within.apart or self._share_leaves(cut)
+        sides = self._open_sides(lowered, apart) if cut.sides else None
         random = cut.random if strands and strands[0].crossing.random_total else {}
         total = strands[0].crossing.random_total if strands else 0
         handle = handles[0] if handles else None
-        self._emit_group(cut.own, regions, _Open(handle, random, total, sides, cut.lane_of))
+        self._emit_group(cut.own, regions, _Open(handle, random, total, sides, cut.lane_of, apart))
         self._set_state(None)
         if sides is not None:
             self._close_sides(cut, sides)
@@ -214,10 +219,19 @@ class _Emitter:
             for i, node in enumerate(strand.outputs):
                 self._values[node] = self._graph.call_function(_item, (outputs, i))
 
-    def _open_sides(self, lowered: Lowered) -> fx.Node:
+    def _share_leaves(self, cut: Cut) -> bool:
+        """Whether two lanes of the lead read the same leaf, whose cast autocast would keep."""
+        read: dict[int, set[fx.Node]] = {}
+        for node in cut.own:
+            given = (source for source in node.all_input_nodes if source.op == "placeholder")
+            leaves = {source for source in given if getattr(source.meta.get("example_value"), "requires_grad", True)}
+            read.setdefault(cut.lane_of.get(node, 0), set()).update(leaves)
+        return sum(map(len, read.values())) > len(set[fx.Node]().union(*read.values()))
+
+    def _open_sides(self, lowered: Lowered, apart: bool) -> fx.Node:
         cut = lowered.cut
         inputs = tuple((side.lane, tuple(self._values[node] for node in side.inputs)) for side in cut.sides)
-        open_lanes = self.brackets.fork(cut.device, places_of(lowered.assignment))
+        open_lanes = self.brackets.fork(cut.device, places_of(lowered.assignment), apart)
         return self._graph.call_function(_named("fork_streams", open_lanes), (inputs,))
 
     def _close_sides(self, cut: Cut, sides: fx.Node) -> None:

@@ -20,6 +20,7 @@ from mpsrun.device.shares import WHOLE, stream_on
 LaneValues = Sequence[tuple[int, Sequence[Any]]]
 # By lane, where its share of the multiprocessors starts and how large it is, in percent; all others have the whole GPU.
 Places = Mapping[int, tuple[int, int]]
+MAIN = 0
 _streams: dict[tuple[torch.device, int, tuple[int, int]], torch.cuda.Stream] = {}
 
 
@@ -36,8 +37,13 @@ class Sides(Protocol):
 class CudaSides:
     """Side streams of one GPU; all regions use the same ones."""
 
-    def __init__(self, device: torch.device, inputs: LaneValues, places: Places) -> None:
-        """Start the lanes of `inputs`, which are what each of them reads."""
+    def __init__(self, device: torch.device, inputs: LaneValues, places: Places, apart: bool) -> None:
+        """Start the lanes of `inputs`, which are what each of them reads.
+
+        apart: whether lanes share parameters. Autocast keeps the cast of one that was made on a stream for whoever
+        comes next, who would read it on another one, perhaps too early.
+        """
+        self._apart = apart
         self._main = torch.cuda.current_stream(device)
         self._sides = {lane: _stream(device, lane, places.get(lane, WHOLE)) for lane, _ in inputs}
         fork = self._main.record_event()
@@ -46,10 +52,12 @@ class CudaSides:
             _lend(values, self._sides[lane])
 
     def use(self, lane: int) -> None:
+        if self._apart:
+            torch.clear_autocast_cache()
         torch.cuda.set_stream(self._sides.get(lane, self._main))
 
     def join(self, outputs: LaneValues) -> None:
-        torch.cuda.set_stream(self._main)
+        self.use(MAIN)
         for stream in self._sides.values():
             self._main.wait_stream(stream)
         for _, values in outputs:
@@ -66,9 +74,9 @@ class OneOrder:
         """Nothing is under way."""
 
 
-def open_sides(device: torch.device, inputs: LaneValues, places: Places) -> Sides:
-    """Fork into the lanes of `inputs`."""
-    return CudaSides(device, inputs, places) if device.type == "cuda" else OneOrder()
+def open_sides(device: torch.device, inputs: LaneValues, places: Places, apart: bool = False) -> Sides:
+    """Fork into the lanes of `inputs`; apart: whether they share parameters."""
+    return CudaSides(device, inputs, places, apart) if device.type == "cuda" else OneOrder()
 
 
 def side_streams(device: torch.device) -> list[torch.cuda.Stream]:

@@ -52,7 +52,7 @@ def shared(monkeypatch: pytest.MonkeyPatch, daemon: None) -> None:
     planner = candidates._Planner
     for name in ("on_streams", "forced"):
         choose = getattr(planner, name)
-        monkeypatch.setattr(planner, name, lambda self, region, choose=choose: with_shares(choose(self, region)))
+        monkeypatch.setattr(planner, name, lambda *args, choose=choose: with_shares(choose(*args)))
 
 
 def with_shares(choice: Any) -> Any:
