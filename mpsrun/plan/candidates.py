@@ -231,10 +231,11 @@ class _Planner:
         reason = hopeless(region, self._costs)
         if reason is not None:
             return Declined(reason)
-        return self.forced(region, busy)
+        return self._decide(region, self._workers, busy, True)
 
     def forced(self, region: Region, busy: Collection[int]) -> _Choice:
-        return self._decide(region, self._workers, busy, True)
+        """On workers that are busy, too, where there are no others."""
+        return self._decide(region, self._workers, () if {*self._workers} <= {*busy} else busy, True)
 
     def _decide(self, region: Region, workers: Sequence[int], busy: Collection[int], forced: bool) -> _Choice:
         free = [worker for worker in workers if worker not in busy]
