@@ -123,6 +123,30 @@ def test_outputs_of_two_optimizers(made: list[Captured]) -> None:
     assert made[0].replays == 3
 
 
+def test_inputs_without_versions(made: list[Captured]) -> None:
+    """Backward may not read an inference tensor, but forward may."""
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = three()
+
+        def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+            return self.body(x) + shift
+
+    def use(model: nn.Module) -> Tensor:
+        with torch.inference_mode():
+            shift = inputs(3)[:, :2].clone()
+        output = model(inputs(2), shift)
+        output.sum().backward()
+        return output
+
+    pair = Pair(on_captured, Shifted, calls=0)
+    for _ in range(5):
+        pair.both(use)
+    assert made[0].replays == 3
+
+
 def test_a_graph_that_is_kept_is_not_overwritten(made: list[Captured]) -> None:
     pair = pair_of()
     before = made[0].replays

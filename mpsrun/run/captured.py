@@ -21,7 +21,8 @@ from mpsrun import log
 from mpsrun.errors import NotNow, NotShippable
 from mpsrun.run import state as modes
 from mpsrun.run.recorder import Recorder
-from mpsrun.run.replay import Body, Settings, Subject, Thrift
+from mpsrun.run.replay import Body, Settings, Thrift
+from mpsrun.run.subject import Subject
 
 # Whoever moves parameters or changes settings more often than this is served better without recordings.
 MOST_RECORDINGS = 4

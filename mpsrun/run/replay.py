@@ -11,56 +11,22 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from mpsrun.errors import NotShippable
-from mpsrun.graph.effects import Effects
 from mpsrun.graph.state import State, applied
 from mpsrun.run import state as modes
 from mpsrun.run.executor import copy_all
 from mpsrun.run.forkjoin import SECOND_BACKWARD, Function, check_versions, keeps_graph, versions_of
 from mpsrun.run.keeping import Gathered, Keeper
 from mpsrun.run.layout import Gradients, TensorMeta, follow_gradients
-from mpsrun.run.plainrun import Generators, PlainRun, generators
+from mpsrun.run.plainrun import Generators, generators
 from mpsrun.run.recorder import Recorder, Recording
+from mpsrun.run.subject import Subject
 from mpsrun.wire.messages import Flags
 
 # What a recording was made under and cannot be changed afterwards; the era of the recorder.
 Settings = tuple[Flags, State, object]
-
-
-class Subject:
-    """What has to be known of a graph to record it.
-
-    statics: the arguments that are read and written where they are. evolving: those of them that it writes, and whose
-    values before it has read, unlike BatchNorm's. refusal: why it cannot be recorded, if so. recorded: by whom it is,
-    under sizes, modes and plans that differ.
-    """
-
-    def __init__(self, gm: fx.GraphModule, effects: Effects, kind: str) -> None:
-        self.plain = PlainRun(gm, effects, kind)
-        self.kind = kind
-        self.is_random = any(facts.random for facts in effects.facts.values())
-        self.statics = frozenset(i for i, k in enumerate(self.plain.kinds) if k in ("parameter", "buffer"))
-        self.evolving = [i for i in self.plain.written if _is_read(effects, self.plain.placeholders[i])]
-        self.refusal = self.plain.refusal or self._refusal(gm, effects)
-        self.recorded: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def _refusal(self, gm: fx.GraphModule, effects: Effects) -> str | None:
-        facts = effects.facts
-        for i in self.plain.written:
-            if i not in self.statics:
-                return f"it writes its input {self.plain.names[i]} in place"
-        for value in effects.values.values():
-            if isinstance(value, torch.Tensor) and value.device.type != self.kind:
-                return f"it computes on the {value.device.type}, too"
-        seen = frozenset().union(*(facts[node].outputs for node in self.plain.placeholders))
-        for node in gm.graph.output_node().all_input_nodes:
-            if facts[node].outputs & seen:
-                return f"{node.name}, which it returns, shares memory with an argument or another result"
-            seen |= facts[node].outputs
-        return None
 
 
 @dataclass(eq=False)
@@ -127,9 +93,9 @@ class Body:
         self._gradients = self._follow(args)
         self._saved = [*self._gradients.saved]
         unread = {*subject.plain.written} - {*subject.evolving} | {*self._saved}
-        self._read = self._saved + [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and i not in unread]
+        self._read = [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor) and i not in unread]
         self._before: dict[int, torch.Tensor] = {}
-        self._needs: dict[tuple[int, ...], Sequence[int]] = {}
+        self._needs: dict[tuple[int, ...], tuple[Sequence[int], Sequence[int]]] = {}
         self._outputs: list[torch.Tensor] = []
         self._grad_outputs: dict[int, torch.Tensor] = {}
         self._backwards: dict[tuple[int, ...], Recording] = {}
@@ -197,7 +163,7 @@ class Body:
         call = _Call(self, args, self._generation + 1, start)
         self._pending = weakref.ref(call)
         outputs = _Replay.apply(call, *[args[i] for i in self._wanted])
-        call.versions = versions_of(args, self._read)  # also with what the graph itself has written
+        call.versions = self._versions(args)  # also with what the graph itself has written
         return self._put_together(outputs)
 
     def _put_together(self, tensors: Sequence[torch.Tensor]) -> Any:
@@ -230,8 +196,8 @@ class Body:
     def differentiate(self, call: _Call, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """The gradients of the arguments that want one, in memory that may be kept."""
         present = tuple(i for i, gradient in enumerate(gradients) if gradient is not None)
-        places = self._needed(present)
-        check_versions(call.args, [self._saved[k] for k in places], [call.versions[k] for k in places])
+        saved, places = self._needed(present)
+        check_versions(call.args, saved, [call.versions[k] for k in places])
         given = [gradient for gradient in gradients if gradient is not None]
         if not present:
             found: Sequence[torch.Tensor | None] = [None] * len(self._wanted)
@@ -246,12 +212,17 @@ class Body:
                 call.args = call.body = None
         return [*found]
 
-    def _needed(self, present: tuple[int, ...]) -> Sequence[int]:
-        """What backward reads of the arguments for these outputs: places in the list of what it may read."""
+    def _versions(self, args: Sequence[Any]) -> list[int]:
+        """Of what backward reads again, then of what only forward has read, which may be inference tensors."""
+        return versions_of(args, self._saved) + [0 if args[i].is_inference() else args[i]._version for i in self._read]
+
+    def _needed(self, present: tuple[int, ...]) -> tuple[Sequence[int], Sequence[int]]:
+        """The arguments that backward reads for these outputs, and where their versions are."""
         if present not in self._needs:
             reached = self._gradients.reached
             others = {*reached(range(len(self._outputs)))} - {*reached(present)}
-            self._needs[present] = [k for k, i in enumerate(self._saved) if i not in others]
+            places = [k for k, i in enumerate(self._saved) if i not in others]
+            self._needs[present] = [self._saved[k] for k in places], places
         return self._needs[present]
 
     def _note(self, call: _Call, present: tuple[int, ...]) -> None:
@@ -278,7 +249,8 @@ class Body:
         plain, args = self._subject.plain, call.args
         if args is None:
             raise RuntimeError("mpsrun: a call that is over")
-        changed = [i for i, v in zip(self._read, call.versions, strict=True) if args[i]._version != v]
+        pairs = zip([*self._saved, *self._read], self._versions(args), call.versions, strict=True)
+        changed = [i for i, version, former in pairs if version != former]
         if call.generation != self._generation:
             changed += self._subject.evolving
         if changed:
@@ -355,18 +327,6 @@ class _Replay(Function):
         if call.body is None:
             raise RuntimeError(SECOND_BACKWARD)
         return None, *call.body.differentiate(call, gradients)
-
-
-def _is_read(effects: Effects, placeholder: fx.Node) -> bool:
-    """Whether what a written argument held before matters. Statistics of BatchNorm and steps counted are not read."""
-    own = effects.facts[placeholder].outputs
-    for node, facts in effects.facts.items():
-        written = own & facts.writes
-        if written and not written <= facts.hidden_writes and node.users:
-            return True
-        if own & facts.reads and not written:
-            return True
-    return False
 
 
 def _stand_at(args: Sequence[Any], pointers: Sequence[int | None], places: Sequence[int]) -> bool:

@@ -31,7 +31,7 @@ from mpsrun.run.observe import Observation
 from mpsrun.run.options import Options
 from mpsrun.run.plan_cache import Entry, Key
 from mpsrun.run.profile import Profiler, measured_us
-from mpsrun.run.replay import Subject
+from mpsrun.run.subject import Subject
 from mpsrun.run.tuning import Tuning
 from mpsrun.run.variant import Variant
 

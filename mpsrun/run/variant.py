@@ -26,8 +26,8 @@ from mpsrun.run.observe import Observation
 from mpsrun.run.profile import Profiler
 from mpsrun.run.recorder import Recorder, recorder
 from mpsrun.run.relay_recorder import RelayRecorder
-from mpsrun.run.replay import Subject
 from mpsrun.run.specialize import Cutter, Strand
+from mpsrun.run.subject import Subject
 
 
 @dataclass(eq=False)
