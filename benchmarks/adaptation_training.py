@@ -1,8 +1,9 @@
 """A training for `scripts/adapt`, which ends by itself. Nothing of it knows of mpsrun.
 
-    adaptation_training.py SECONDS [in-place]
+    adaptation_training.py SECONDS [wide] [in-place]
 
-in-place: the network cuts its input in place, which keeps it from being captured, and leaves the other lanes to it.
+wide: branches that fill the GPU one by one, instead of towers that do not. in-place: the network cuts its input in
+place, which keeps it from being captured, and leaves the other lanes to it.
 """
 
 from __future__ import annotations
@@ -13,13 +14,19 @@ import time
 import torch
 from torch import nn
 
+from examples.networks import Wide
+
+WIDE_BATCH, WIDE_ADDS = (
+    16,
+    16,
+)  # tensors of 64 MiB, more than the L2 cache of a GPU: a kernel takes longer than its launch
+
 
 class Towers(nn.Module):
     """Four encoders of a transformer, side by side, and what is left of each."""
 
-    def __init__(self, in_place: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.in_place = in_place
         layer = {"d_model": 256, "nhead": 4, "dim_feedforward": 1024, "dropout": 0.0, "batch_first": True}
         self.towers = nn.ModuleList(
             nn.TransformerEncoder(nn.TransformerEncoderLayer(**layer), 6, enable_nested_tensor=False) for _ in range(4)
@@ -27,31 +34,41 @@ class Towers(nn.Module):
         self.head = nn.Linear(4 * 256, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.in_place:
-            x.clamp_(-3.0, 3.0)
         return self.head(torch.cat([tower(x).mean(1) for tower in self.towers], 1))
+
+
+class Cut(nn.Module):
+    """A network behind an op that writes to its input."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x.clamp_(-3.0, 3.0))
 
 
 class Training:
     """The network, its optimizer and one batch."""
 
-    def __init__(self, in_place: bool = False) -> None:
+    def __init__(self, wide: bool = False, in_place: bool = False) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = Towers(in_place).to(device)
+        network = Wide(adds=WIDE_ADDS) if wide else Towers()
+        self.model = (Cut(network) if in_place else network).to(device)
         self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-3)
-        self.x, self.y = torch.randn(4, 128, 256, device=device), torch.randint(10, (4,), device=device)
+        self.x = torch.randn(*((WIDE_BATCH, 2**20) if wide else (4, 128, 256)), device=device)
         self.loss = torch.zeros(())
 
     def step(self) -> None:
         """One step."""
         self.optimizer.zero_grad()
-        self.loss = nn.functional.cross_entropy(self.model(self.x), self.y)
+        self.loss = self.model(self.x).square().mean()
         self.loss.backward()
         self.optimizer.step()
 
 
 def main() -> None:
-    training = Training(in_place=sys.argv[2:] == ["in-place"])
+    training = Training("wide" in sys.argv[2:], "in-place" in sys.argv[2:])
     end_s = time.monotonic() + float(sys.argv[1])
     steps = 0
     while time.monotonic() < end_s:

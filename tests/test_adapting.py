@@ -1,5 +1,6 @@
 """Plans that follow the load in real training steps on CPU workers, with samples and step times of the test's own."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -13,7 +14,9 @@ import msgspec
 import pool
 import pytest
 import torch
+from networks import Three
 from test_choosing import Timed, both, train, tuned, until_decided  # noqa: F401 - `tuned` is a fixture
+from transparency import trained
 
 from mpsrun import config, log
 from mpsrun.checkout import with_package
@@ -21,8 +24,8 @@ from mpsrun.monitor import trace
 from mpsrun.monitor.page import Writer
 from mpsrun.monitor.sample import Sample, Tenant
 from mpsrun.plan import adapt
+from mpsrun.run import backend, in_place, plans, report
 from mpsrun.run import eyes as eyes_module
-from mpsrun.run import plans, report
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.tuning import Tuning
 from tests.plan.made import contenders
@@ -117,6 +120,54 @@ def test_a_memory_hog_never_makes_the_run_fail(load: Load, said: list[str], monk
     load.sample = QUIET
     train_until(sides, "memory is enough again (76000 of 80000 MiB free): back to workers, 3 lanes", said)
     train(sides, 10)
+
+
+def test_a_plain_network_wakes_for_a_load(load: Load, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its calls go through Dynamo only while other plans are tried, or faster than the plain run."""
+    monkeypatch.setattr(in_place, "LOOK_S", 0.0)
+    clock = Timed(monkeypatch, {"serial": 500.0})
+    plain = Three().double()
+    fast = copy.deepcopy(plain)
+    in_place.compile_in_place(fast)
+    sides = trained(plain), trained(fast)
+    until_decided(sides)
+    for _ in range(2):
+        train(sides, 3)
+        entered = backend.calls.entered
+        train(sides, 5)
+        assert backend.calls.entered == entered, "it rests"
+        load.sample = with_(QUIET, tenants=(Tenant(77, 2048),))
+        clock.us = {"serial": 3000.0, "workers, 5 lanes": 500.0}
+        train_until(sides, "another process on the GPU (pid 77, 2048 MiB): tries", said)
+        train_until(sides, "keeps workers, 5 lanes: 0.50 ms", said)
+        calls = report.graphs[0].calls
+        train(sides, 5)
+        assert report.graphs[0].calls == calls + 5
+        load.sample, clock.us = QUIET, {"serial": 500.0}
+        train_until(sides, "process 77 left the GPU: back to serial", said)
+        said.clear()
+
+
+def test_a_plain_network_goes_back_to_its_lanes(load: Load, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a load the plain run was the fastest; once that is gone no trial is needed."""
+    monkeypatch.setattr(in_place, "LOOK_S", 0.0)
+    clock = Timed(monkeypatch, {"serial": 1000.0, "workers, 5 lanes": 500.0})
+    plain = Three().double()
+    fast = copy.deepcopy(plain)
+    in_place.compile_in_place(fast)
+    sides = trained(plain), trained(fast)
+    until_decided(sides)
+    load.sample = with_(QUIET, tenants=(Tenant(77, 2048),))
+    clock.us = {"serial": 600.0}
+    train_until(sides, "keeps serial: 0.60 ms", said)
+    train(sides, 3)
+    entered, calls = backend.calls.entered, report.graphs[0].calls
+    train(sides, 5)
+    assert backend.calls.entered == entered, "it rests"
+    load.sample, clock.us = QUIET, {"serial": 1000.0, "workers, 5 lanes": 500.0}
+    train_until(sides, "process 77 left the GPU: back to workers, 5 lanes", said)
+    train(sides, 5)
+    assert report.graphs[0].calls >= calls + 4
 
 
 def test_steps_before_a_trial_run_under_the_old_plan(

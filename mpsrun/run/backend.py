@@ -150,6 +150,8 @@ class Graph:
             report.tell_at_exit()
         if config.current().trace is not None:
             eyes(self._kind)  # also where nothing is tuned
+        if not self._options.forced and eyes(self._kind).has_monitor:
+            self.summary.wakes = self._wakes
         self._maker = Maker(
             self._gm, self._effects, self._regions, self._coordinator, self._planner.subject, self.summary
         )
@@ -245,6 +247,13 @@ class Graph:
             special.whole_under = stirs
             return True
         return tuning.is_decided
+
+    def _wakes(self) -> bool:
+        """Whether plain calls end: for any of its sizes plans are to be tried again, or one from before is taken."""
+        for special in self._specials.values():
+            if special.tuning is not None and special.tuning.wakes():
+                self.summary.plain = False
+        return not self.summary.plain
 
     def _lost(self) -> list[int]:
         """The workers that nobody will take the places of."""

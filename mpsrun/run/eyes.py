@@ -40,6 +40,11 @@ class Eyes:
                 settings.watched_gpu.write_text(_name_of_gpu(kind))
 
     @property
+    def has_monitor(self) -> bool:
+        """Whether plans adapt to what the launcher's monitor sees."""
+        return self.adapts and self._reader is not None
+
+    @property
     def is_tracing(self) -> bool:
         return self._trace is not None
 

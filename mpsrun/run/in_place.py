@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ from mpsrun.run.branches import Branches
 from mpsrun.run.state import transformed
 
 MOST_FRESH = 12  # calls in a row that may need another graph each, before a network is left alone
+LOOK_S = 0.1  # how often a network that rests looks at the load
 RECOMPILE_LIMIT = 256  # train/eval, grad, frozen, autocast and batch sizes multiply
 
 
@@ -50,8 +52,9 @@ def compile_in_place(module: nn.Module) -> None:
 class _Call:
     """Calls a network compiled, or plain where the call is looked through or its inputs are odd.
 
-    A network of which nothing leaves the lead in training, be it by tuning, is given its plain call back, and so is one
-    that Dynamo compiles anew in every call, for instance since it collects its losses in a list.
+    A network of which nothing leaves the lead in training is given its plain call back, and so is one that Dynamo
+    compiles anew in every call, for instance since it collects its losses in a list. One whose plain run was the
+    fastest rests: its calls are plain until the load is another one, and its plans are tried again.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -60,10 +63,11 @@ class _Call:
         self._decided = False
         self._graphs: list[report.Graph] = []
         self._fresh = 0
+        self._rests, self._look_s = False, 0.0
         self._told: set[str] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if looked_through() or self._odd(*args, *kwargs.values()):
+        if (self._rests and not self._wakes()) or looked_through() or self._odd(*args, *kwargs.values()):
             return self._module._call_impl(*args, **kwargs)
         entered, known = backend.calls.entered, len(report.graphs)
         result = self._compiled(*args, **kwargs)
@@ -76,8 +80,25 @@ class _Call:
             if backend.calls.entered == entered:  # asked so, since networks of one kind share their graphs
                 self._tell_plain()
         elif self._decided and self._graphs and all(graph.plain for graph in self._graphs):
-            self._give_up("nothing else is faster")
+            self._rest()
         return result
+
+    def _rest(self) -> None:
+        if all(graph.wakes is None for graph in self._graphs):
+            self._give_up("nothing else is faster")
+        else:
+            self._rests = True
+            log.detail(f"{type(self._module).__name__} runs plain while the load stays: nothing else is faster")
+
+    def _wakes(self) -> bool:
+        """Whether plans are to be tried again; looked at no more often than there are samples."""
+        now_s = time.monotonic()
+        if now_s < self._look_s:
+            return False
+        self._look_s = now_s + LOOK_S
+        woken = [graph for graph in self._graphs if graph.wakes is not None and graph.wakes()]
+        self._rests = not woken
+        return bool(woken)
 
     def _tell_plain(self) -> None:
         """Without a word it would look as if mpsrun had done nothing."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -45,11 +45,13 @@ class RegionReport:
 class Graph:
     """One compiled graph: its regions on lanes, its refusals with their reasons, how often it ran on lanes.
 
-    plain: nothing of it will ever leave the lead. declined: those of the refusals that are the plan's. undecided: what
-    it is called with where its plans are still being tried.
+    plain: nothing of it leaves the lead. wakes: asked between calls that it has no part in, says whether it is to have
+    one again, since the load is another one; None where nobody watches that. declined: those of the refusals that are
+    the plan's. undecided: what it is called with where its plans are still being tried.
     """
 
     plain: bool = False
+    wakes: Callable[[], bool] | None = None
     regions: list[RegionReport] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
     declined: list[str] = field(default_factory=list)

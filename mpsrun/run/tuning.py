@@ -135,6 +135,14 @@ class Tuning:
             self._clock.start(current)
         return current
 
+    def wakes(self) -> bool:
+        """Whether others are to be tried again beside a plan that is plain; asked between calls that are not its."""
+        if not self.is_decided:
+            return False
+        self.pause()
+        self._look()
+        return self.wants_candidates
+
     @property
     def _is_watching(self) -> bool:
         return self._eyes.adapts or self._eyes.is_tracing

@@ -79,3 +79,38 @@ def test_an_error_leaves_the_main_stream(daemon: None) -> None:
     with pytest.raises(RuntimeError):
         fast(torch.randn(5, 7, device="cuda"))
     assert torch.cuda.current_stream() == before
+
+
+class Siamese(nn.Module):
+    """One encoder for both inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 512))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return (self.encoder(x) * self.encoder(y)).sum(1)
+
+
+@pytest.mark.parametrize("lanes", ["streams", "captured"])
+def test_casts_of_autocast(daemon: None, sides: None, lanes: str) -> None:
+    """A cast that a late side stream makes must not be read by another one."""
+    torch.manual_seed(0)
+    plain = Siamese().cuda()
+    fast = copy.deepcopy(plain)
+    fast.compile(backend=mpsrun, options={"lanes": lanes})
+    for step in range(6):
+        x, y = torch.randn(2, 64, 512, device="cuda")
+        noise = [torch.full((512, 512), torch.nan, device="cuda", dtype=torch.bfloat16) for _ in range(8)]
+        del noise  # what casts will be written to
+        outputs = []
+        for model in (fast, plain):
+            model.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16):
+                outputs.append(model(x, y))
+            outputs[-1].float().square().mean().backward()
+        torch.testing.assert_close(*outputs, rtol=2e-2, atol=2e-2, msg=lambda text, at=step: f"step {at}: {text}")
+        for p, q in zip(fast.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=2e-2, atol=2e-2)
+    (graph,) = report.graphs
+    assert any(lane < 0 for region in graph.regions for lane in region.lanes)
