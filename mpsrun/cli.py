@@ -24,7 +24,7 @@ usage: mpsrun [options] train.py [args...]
 Runs a PyTorch training script with the independent branches of its network at the same time on one GPU.
 Options before the script are mpsrun's; everything after it is the script's.
 
-  --workers N|auto             worker processes (default auto: at most 3, one core left to the script)
+  --workers N|auto             worker processes (default auto: at most 4, one core left to the script)
   --lanes auto|serial|streams|captured|workers|captured-workers
                                where branches run: auto measures; the others force every branch that may leave the
                                script's own stream to side streams or to worker processes, or none; captured: as

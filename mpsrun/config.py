@@ -15,7 +15,7 @@ from mpsrun.errors import MpsrunError, UsageError
 ENV_CONFIG = "MPSRUN_CONFIG"
 # `sockaddr_un.sun_path` has 108 bytes on Linux and 104 on macOS, the closing zero included.
 SOCKET_PATH_LIMIT_BYTES = 100
-AUTO_WORKERS = 3
+AUTO_WORKERS = 4
 MAX_WORKERS = 64
 START_S = 60.0
 STACKS_SIGNAL = signal.SIGUSR1  # has a worker write the Python stack of each of its threads into its log

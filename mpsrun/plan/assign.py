@@ -33,14 +33,16 @@ def spread(
 ) -> tuple[int, ...]:
     """A lane for each branch: workers or side streams from `lanes`, and the lead.
 
-    Pinned branches stay in the lead. Where none is pinned the lead keeps the shortest, and takes a share of the rest;
-    without `lead_share` it keeps nothing that can leave. `nesting`: the branches with regions of their own inside.
+    Pinned branches stay in the lead. Where none is pinned the lead keeps the shortest, and takes a share of the rest.
+    Without `lead_share`, or where there are workers enough, it keeps nothing that can leave. `nesting`: the branches
+    with regions of their own inside.
     """
     duration_us = costs.branch_us(region)
     free = [index for index, branch in enumerate(region.branches) if branch.pinned is None]
     stay = [index for index, branch in enumerate(region.branches) if branch.pinned is not None]
     if not stay and len(free) > 1:
-        stay = _kept(duration_us, free, nesting, lead_share)
+        shares = lead_share and not _is_relieved([duration_us[index] for index in free], lanes, costs, nesting)
+        stay = _kept(duration_us, free, nesting, shares)
     going = {index: duration_us[index] for index in free if index not in stay}
     load_us = dict.fromkeys(lanes, 0.0)
     if lead_share:  # on a tie another lane goes before the lead
@@ -50,6 +52,17 @@ def spread(
     if all(lane == LEAD for lane in found.values()):  # pinned branches are nothing beside the rest
         found[next(iter(going))] = lanes[0]
     return tuple(found.get(index, LEAD) for index in range(len(duration_us)))
+
+
+def _is_relieved(duration_us: Sequence[float], lanes: Sequence[int], costs: Costs, nesting: Collection[int]) -> bool:
+    """Whether there is a worker for every branch, and to hand over the shortest takes less than to launch it.
+
+    The lead has more to do than its branches: all that is outside of regions, and the gradients of all parameters. But
+    a branch with regions inside, which workers may share, is better kept.
+    """
+    if nesting or costs.replayed or not all(map(is_worker, lanes)) or len(lanes) < len(duration_us):
+        return False
+    return min(duration_us) > costs.machine.crossing_us
 
 
 def _kept(duration_us: Sequence[float], free: Sequence[int], nesting: Collection[int], lead_share: bool) -> list[int]:

@@ -129,7 +129,7 @@ def test_a_malformed_config_is_refused(text: str) -> None:
 
 
 def test_worker_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cores, count in ((1, 1), (2, 1), (3, 2), (64, 3)):
+    for cores, count in ((1, 1), (2, 1), (3, 2), (64, 4)):
         monkeypatch.setattr("mpsrun.config.available_cores", lambda cores=cores: cores)
         assert Config().worker_count() == count
     assert Config(workers=5).worker_count() == 5

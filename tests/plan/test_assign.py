@@ -55,6 +55,16 @@ def test_the_lead_may_keep_nothing_but_what_is_pinned() -> None:
     assert spread(region(1, 9), [1], Costs(GPU), nesting=[1], lead_share=False) == (1, 0), "the rest has regions inside"
 
 
+def test_the_lead_keeps_nothing_where_each_branch_has_a_worker() -> None:
+    """But where to hand over the shortest would take longer than to launch it."""
+    towers, lanes = region(20, 20, 20, 20), [1, 2, 3, 4]
+    assert sorted(spread(towers, lanes, Costs(GPU))) == [1, 2, 3, 4]
+    assert sorted(spread(towers, lanes[:3], Costs(GPU))) == [0, 1, 2, 3]
+    assert spread(region(20, 20, 20, 9), lanes, Costs(GPU)) == (1, 2, 3, 0)
+    assert 0 in spread(towers, lanes, Costs(GPU).captured()), "a replay has no thread to relieve"
+    assert 0 in spread(towers, lanes, Costs(GPU), nesting=[1]), "what is inside would be lost"
+
+
 @pytest.mark.parametrize(
     ("lanes", "us"),
     [

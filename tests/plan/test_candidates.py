@@ -172,8 +172,14 @@ def test_regions_choose_their_kind_of_lane_in_the_mixed_plan() -> None:
 def test_the_lead_is_kept_free_where_that_is_no_slower() -> None:
     name = "workers, 4 lanes, lead kept free"
     assert name not in by_name(candidates([region(90, 90, 90, 90)], [1, 2, 3], COSTS, has_streams=False))
-    found = by_name(candidates([region(90, 90, 90)], [1, 2, 3], COSTS, has_streams=False))
+    found = by_name(candidates([region(9, 9, 9)], [1, 2, 3], COSTS, has_streams=False))
     assert found[name].plan == Plan({0: Assignment((1, 2, 3))})
+    assert found["workers, 4 lanes"].plan == Plan({0: Assignment((0, 1, 2))})
+
+
+def test_the_lead_is_free_where_each_branch_has_a_worker() -> None:
+    found = by_name(candidates([region(90, 90, 90)], [1, 2, 3], COSTS, has_streams=False))
+    assert found["workers, 4 lanes"].plan == Plan({0: Assignment((1, 2, 3))})
 
 
 NESTED = [region(40, 400), region(130, 130, 130, index=1, parent=(0, 1)), region(3, 3, index=2, parent=(1, 0))]
@@ -202,7 +208,7 @@ def test_inner_regions_take_the_lanes_that_are_free() -> None:
     }
     deep = [*towers[:2], region(40, 60, index=2, parent=(1, 0))]
     assert forced(deep, [1, 2, 3], COSTS).plan.regions[2] == Assignment((0, 3))
-    assert forced(deep, [1, 2], COSTS).plan.regions[2] == Assignment((0, 1))  # there is no other, and it is forced
+    assert forced(deep, [1, 2], COSTS).plan.regions[2] == Assignment((2, 1))  # there is no other, and it is forced
 
 
 def test_inner_regions_share_a_worker_with_an_early_head() -> None:
