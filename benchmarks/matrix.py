@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from benchmarks import bound, memory
 from benchmarks.cases import Case
-from benchmarks.engines import FORCED, WITH_WORKERS
+from benchmarks.engines import AUTO, FORCED, WITH_WORKERS
 from benchmarks.judge import judge
 from benchmarks.steps import FEW_STEPS, Stepper, device, spread
-from mpsrun.run import session
+from mpsrun.run import in_place, session
 
 Cells = dict[str, dict[str, Any]]
 
@@ -29,7 +29,8 @@ def measure(case: Case, engines: Sequence[str], repeats: int, steps: int, compar
     """Time all engines and compare the results of some; an engine that fails has the reason instead."""
     model = make(case)
     cells: Cells = {engine: {} for engine in engines}
-    with torch._dynamo.config.patch(DYNAMO):
+    as_it_is = {name: getattr(torch._dynamo.config, name) for name in in_place.DYNAMO}  # which `auto` changes
+    with torch._dynamo.config.patch(DYNAMO | as_it_is):
         time_engines(case, model, cells, repeats, steps)
         forget()
         compare(case, model, {engine: cells[engine] for engine in engines if engine in compared})
@@ -96,6 +97,8 @@ def _set_up(case: Case, model: nn.Module, engine: str, cell: dict[str, Any]) -> 
     if engine in FORCED:
         ran = [region for graph in stepper.graphs for region in graph.regions if region.calls]
         cell["regions on lanes"] = len(ran)
+    if engine == AUTO:
+        cell["plans"] = [plan for graph in stepper.graphs for plan in graph.chosen.values()]
     if meter is not None:
         cell["memory"] = meter.measure(lambda: stepper.time_steps(FEW_STEPS), engine in WITH_WORKERS)
     return stepper

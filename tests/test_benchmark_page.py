@@ -56,6 +56,17 @@ def test_judge() -> None:
     assert judge(made("any", eager=12.0)) == {}
 
 
+def test_a_plan_that_was_forced_as_well_is_judged_by_that_time() -> None:
+    """What else the two differ by is noise."""
+    row = made("any", eager=12.0, mpsrun_captured=5.0, mpsrun_workers=8.0, mpsrun_auto=6.0)
+    row["engines"]["mpsrun auto"]["plans"] = ["captured streams", "captured streams"]
+    assert judge(row)["regret"] == 0.0
+    row["engines"]["mpsrun captured"] = cell(10.0)
+    assert judge(row)["regret"] == 0.25
+    row["engines"]["mpsrun auto"]["plans"] = ["captured streams", "serial"]
+    assert judge(row)["regret"] == -0.25, "it is no lane's plan"
+
+
 def test_the_summary_counts_branching_networks_at_their_smallest_batch(tmp_path: Path) -> None:
     results = Results()
     for row in (
@@ -72,7 +83,7 @@ def test_the_summary_counts_branching_networks_at_their_smallest_batch(tmp_path:
     assert "4.00x in the geometric mean of 2 branching networks at their smallest batch, 2.00x in the worst" in words
     assert "(measured were eager in 2, compile in 0, reduce-overhead in 0, cuda graph in 1 of them)" in words
     assert "reaches 3% (unknown 8) to 80% (towers 4) of the bound" in words
-    assert "| googlenet | 8 | 5.00x | 0.75x | 2.00x | - | 2.00 | 2.00 | 1.25 | 50% |" in page.page(results, "")
+    assert "| googlenet | 8 | - | 5.00x | 0.75x | 2.00x | - | 2.00 | 2.00 | 1.25 | 50% |" in page.page(results, "")
     assert "## Memory" not in page.page(results, "")
 
 

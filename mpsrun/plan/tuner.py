@@ -233,15 +233,20 @@ def _drop(state: State) -> tuple[State, Actions]:
 def _decide(state: State, why: str = "") -> tuple[State, Actions]:
     """Keep the fastest that beat serial; of those dropped before, only where no challenger is left.
 
-    Of several that are as fast, the one that should be.
+    Of several that are as fast, one without workers, whose processes only take memory then, and of these the one that
+    should be the fastest.
     """
     table = state.table()
     able = [index for index in range(len(state.candidates)) if index not in state.out and index != state.serial]
     winners = [index for index in state.challengers or able if table.beats(index, state.serial)]
     alike = table.alike(table.fastest(winners), winners) if winners else [state.serial]
-    chosen = min(alike, key=lambda index: state.candidates[index].predicted_us)
+    chosen = min(alike, key=lambda index: _preference(state.candidates[index]))
     verb = f"{why}; takes" if why else "keeps"
     return _settle(state, chosen, f"{verb} {table.reason(chosen, able)}")
+
+
+def _preference(candidate: Candidate) -> tuple[bool, float]:
+    return bool(candidate.plan.workers), candidate.predicted_us
 
 
 def _settle(state: State, chosen: int, reason: str) -> tuple[State, Actions]:

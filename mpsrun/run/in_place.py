@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -29,15 +29,22 @@ from mpsrun.run.state import transformed
 MOST_FRESH = 12  # calls in a row that may need another graph each, before a network is left alone
 LOOK_S = 0.1  # how often a network that rests looks at the load
 RECOMPILE_LIMIT = 256  # train/eval, grad, frozen, autocast and batch sizes multiply
+# Dynamo's settings without which it would give up on ordinary training scripts.
+DYNAMO = {
+    "allow_rnn": True,
+    "allow_unspec_int_on_nn_module": True,  # else a network that counts its steps is compiled for each of them
+    "skip_nnmodule_hook_guards": False,
+    "suppress_errors": True,  # what Dynamo cannot handle runs plain, frame by frame
+}
 
 
-def compile_in_place(module: nn.Module) -> None:
-    """Compile a module's call with this backend. Names in its `state_dict` do not change."""
+def compile_in_place(module: nn.Module, options: Mapping[str, Any] | None = None) -> None:
+    """Compile a module's call with this backend and its options. Names in its `state_dict` do not change."""
     if module.__dict__.get("_compiled_call_impl") is not None:
         return
     prepare_dynamo()
     log.detail(f"compiling {type(module).__name__} in place")
-    module.compile(backend=backend.mpsrun)
+    module.compile(backend=backend.mpsrun, options=options)
     ours = _Call(module)
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -150,14 +157,12 @@ def hide(function: Callable[..., Any]) -> None:
 
 
 def prepare_dynamo() -> None:
-    """Settings without which Dynamo would give up on ordinary training scripts."""
+    """Raise Dynamo's limits, and set what else it needs."""
     import torch._dynamo.config as dynamo
 
     if "TORCH_LOGS" not in os.environ:
         logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # the script did not ask for a compiler
     dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)
     dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 4 * RECOMPILE_LIMIT)
-    dynamo.allow_rnn = True
-    dynamo.allow_unspec_int_on_nn_module = True  # else a network that counts its steps is compiled for each of them
-    dynamo.skip_nnmodule_hook_guards = False
-    dynamo.suppress_errors = True  # what Dynamo cannot handle runs plain, frame by frame
+    for name, value in DYNAMO.items():
+        setattr(dynamo, name, value)

@@ -47,7 +47,8 @@ class Graph:
 
     plain: nothing of it leaves the lead. wakes: asked between calls that it has no part in, says whether it is to have
     one again, since the load is another one; None where nobody watches that. declined: those of the refusals that are
-    the plan's. undecided: what it is called with where its plans are still being tried.
+    the plan's. undecided, chosen: what it is called with, where its plans are still being tried, and where one was
+    decided on, with its name.
     """
 
     plain: bool = False
@@ -57,6 +58,7 @@ class Graph:
     declined: list[str] = field(default_factory=list)
     calls: int = 0
     undecided: set[str] = field(default_factory=set)
+    chosen: dict[str, str] = field(default_factory=dict)
 
     def note(self, reason: str) -> None:
         """Why this graph, or a branch of it, uses no lane."""

@@ -232,6 +232,7 @@ class Planner:
         else:
             self._on_lanes.add(special)
         self._summary.plain = not self._on_lanes
+        self._summary.chosen[special.description] = special.candidates[chosen].name
         if special.tuning is None or special.tuning.is_home:
             plans.keep(plans.fingerprint(special.key), special.description, plan)
 

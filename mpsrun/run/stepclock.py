@@ -11,6 +11,10 @@ import torch
 
 Period = tuple[int, float]  # under which candidate, and microseconds
 
+MOST_AHEAD = 2  # steps that are launched and not through, while plans are compared
+NAP_S = 1e-4
+CATCH_UP_S = 30.0
+
 
 class StepClock:
     """Marks the starts of steps. On a GPU with events, which are read once they are through: nobody waits."""
@@ -34,6 +38,20 @@ class StepClock:
     def interrupt(self) -> None:
         """The step that is under way is not to be timed, nor is what comes before the next start."""
         self._last = None
+
+    def catch_up(self) -> None:
+        """Let the device come up to the launching thread, but for a few steps that it then has to do.
+
+        Where steps take the GPU longer than their launch, dozens of one plan would be under way before the first is
+        timed. Gives up after `CATCH_UP_S`.
+        """
+        if not self._is_cuda:
+            return
+        deadline_s = time.monotonic() + CATCH_UP_S
+        while len(self._open) > MOST_AHEAD and time.monotonic() < deadline_s:
+            if self._open[-1 - MOST_AHEAD][2].query():
+                return
+            time.sleep(NAP_S)
 
     def periods(self) -> list[Period]:
         """The steps that have ended and were not told before."""

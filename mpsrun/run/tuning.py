@@ -149,6 +149,8 @@ class Tuning:
 
     def _look(self) -> None:
         """Take in the steps that have ended, and what the monitor saw."""
+        if not self.is_decided:
+            self._clock.catch_up()
         for candidate, us in self._clock.periods():
             self._eyes.stepped(self._name, self.candidates[candidate].name, us)
             self._advance(tuner.StepTimed(candidate, us))

@@ -165,6 +165,13 @@ def test_of_two_that_look_alike_the_one_that_should_be_faster() -> None:
     assert advance(clearly, BudgetSpent())[0].decided == 2
 
 
+def test_of_two_that_look_alike_the_one_without_workers() -> None:
+    candidates = [replace(c, predicted_us=us) for c, us in zip(contenders((1,), (-1,)), (3.0, 1.0, 2.0), strict=True)]
+    times_us = (20_000.0,) * 6, (10_000.0,) * 6, (10_100.0,) * 6
+    state = tuning(TURNS, times_us, candidates=tuple(candidates))
+    assert advance(state, BudgetSpent())[0].decided == 2
+
+
 def test_less_than_one_percent_is_not_worth_it() -> None:
     state, _ = start(contenders((1,)))
     while state.decided is None:

@@ -1,0 +1,89 @@
+"""How steps are timed on a GPU, with events of the test's own."""
+
+import pytest
+
+from mpsrun.run import stepclock
+from mpsrun.run.stepclock import MOST_AHEAD, StepClock
+
+
+class Device:
+    """A GPU that gets one step done in each nap of the host; `begun` steps were launched."""
+
+    def __init__(self) -> None:
+        self.begun = self.done = self.naps = 0
+
+    def event(self, enable_timing: bool) -> "Event":
+        assert enable_timing
+        return Event(self)
+
+    def nap(self, _s: float) -> None:
+        self.naps += 1
+        self.done += 1
+
+
+class Event:
+    def __init__(self, device: Device) -> None:
+        self.device, self.number = device, 0
+
+    def record(self) -> None:
+        self.device.begun += 1
+        self.number = self.device.begun
+
+    def query(self) -> bool:
+        return self.number <= self.device.done
+
+    def elapsed_time(self, end: "Event") -> float:
+        return 2.0 * (end.number - self.number)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    made = Device()
+    monkeypatch.setattr(stepclock.torch.cuda, "Event", made.event)
+    monkeypatch.setattr(stepclock.time, "sleep", made.nap)
+    return made
+
+
+def launch(clock: StepClock, candidates: range) -> None:
+    for candidate in candidates:
+        clock.start(candidate)
+
+
+def test_steps_are_told_once_they_are_through(device: Device) -> None:
+    clock = StepClock("cuda")
+    launch(clock, range(4))
+    assert clock.periods() == []
+    device.done = 2
+    assert clock.periods() == [(0, 2000.0)]
+    device.done = 4
+    assert clock.periods() == [(1, 2000.0), (2, 2000.0)]
+
+
+def test_the_host_waits_until_the_gpu_is_close_behind(device: Device) -> None:
+    clock = StepClock("cuda")
+    launch(clock, range(10))
+    clock.catch_up()
+    assert (device.begun, device.done) == (10, 10 - MOST_AHEAD)
+    clock.catch_up()
+    assert device.naps == 10 - MOST_AHEAD, "it is close enough"
+    assert len(clock.periods()) == 9 - MOST_AHEAD
+
+
+def test_a_gpu_that_never_comes_is_not_waited_for(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = iter(range(10**6))
+    monkeypatch.setattr(stepclock.time, "monotonic", lambda: next(now_s))
+    monkeypatch.setattr(stepclock.time, "sleep", lambda _s: None)
+    clock = StepClock("cuda")
+    launch(clock, range(10))
+    clock.catch_up()
+    assert next(now_s) < 100
+    assert clock.periods() == []
+
+
+def test_an_interrupted_step_is_not_timed(device: Device) -> None:
+    clock = StepClock("cuda")
+    launch(clock, range(2))
+    clock.interrupt()
+    launch(clock, range(2, 4))
+    device.done = 4
+    assert [candidate for candidate, _ in clock.periods()] == [0, 2]
