@@ -93,11 +93,22 @@ class CudaRecorder:
                 self._join_sides()
             except BaseException:
                 with contextlib.suppress(RuntimeError):  # of a capture that has failed already
-                    graph.capture_end()
+                    self._end(graph, pool)
                 raise
-            graph.capture_end()
+            self._end(graph, pool)
         log.detail(f"a recording was made in {(time.perf_counter() - begin_s) * 1e3:.0f} ms")
         return _CudaRecording(self, graph, pool, results)
+
+    def _end(self, graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
+        """End a capture; of one that has failed torch would keep the memory, which it gives back with its graph."""
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            if not _has_ended(graph):
+                with contextlib.suppress(RuntimeError):  # where that went well, and what came after it failed
+                    torch._C._cuda_endAllocateToPool(self._device.index, pool)
+                torch._C._cuda_releasePool(self._device.index, pool)
+            raise
 
     @contextlib.contextmanager
     def _on_stream(self) -> Iterator[None]:
@@ -140,6 +151,15 @@ def restoring(device: torch.device, pool: tuple[int, int]) -> Iterator[None]:
         source.graphsafe_set_state(fresh)
         _eras[device] += 1
         raise
+
+
+def _has_ended(graph: torch.cuda.CUDAGraph) -> bool:
+    """Whether a graph's capture was finished, even if the graph could not be made ready to run after that."""
+    try:
+        graph.pool()
+    except RuntimeError:
+        return False
+    return True
 
 
 class _CudaRecording:

@@ -101,8 +101,12 @@ def _start_own_workers(settings: Config) -> Config:
     nursery = Nursery(settings, END_DEADLINE_S)
     _owned.callback(nursery.stop)
     nursery.start()
-    log.say(f"without the launcher: started {settings.worker_count()} workers of this process's own")
+    log.say(f"without the launcher: started {_workers(settings.worker_count())} of this process's own")
     return settings
+
+
+def _workers(count: int) -> str:
+    return f"{count} worker" if count == 1 else f"{count} workers"
 
 
 def _tell_mode(coordinator: Coordinator) -> None:
@@ -112,7 +116,7 @@ def _tell_mode(coordinator: Coordinator) -> None:
         *(link.pid for link in coordinator.links if link.pid is not None and link.lost is None),
     ]
     attachment = verify(pids, coordinator.device.kind == "cuda")
-    log.say(f"{attachment}, {len(pids) - 1} workers")
+    log.say(f"{attachment}, {_workers(len(pids) - 1)}")
     if coordinator.settings.mps == "on" and attachment.mode != "CUDA MPS":
         coordinator.fail(MpsrunError(f"expected CUDA MPS (--mps on), found {attachment}; see the log of its server"))
 

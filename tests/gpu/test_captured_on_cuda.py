@@ -1,6 +1,7 @@
 """Captured lanes on a GPU: what is replayed is what plain PyTorch computes, call after call."""
 
 import copy
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -124,6 +125,36 @@ def test_a_host_sync_runs_uncaptured(daemon: None, made: list[Captured], monkeyp
     fast = on_captured(copy.deepcopy(plain))
     assert losses(fast, 6) == pytest.approx(losses(plain, 6), rel=1e-9)
     assert made[0].replays == 0
+
+
+def test_a_capture_that_fails_leaves_no_memory_behind(daemon: None) -> None:
+    made = CudaRecorder(torch.device("cuda", torch.cuda.current_device()))
+    block = torch.ones(1 << 20, device="cuda")
+
+    def doubled() -> Tensor:
+        return torch.cat([block] * 64) * 2.0  # 256 MiB, twice
+
+    def waiting() -> Tensor:
+        kept = doubled()
+        torch.cuda.synchronize()
+        return kept
+
+    def held() -> int:
+        gc.collect()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
+    forward = made.record(doubled)
+    before = held()
+    for around in (None, forward, None):
+        with pytest.raises(RuntimeError):
+            made.record(waiting, around)
+        assert held() == before
+    assert forward.replay().sum().item() == 2.0 * 64 * (1 << 20)
+    again = made.record(doubled)
+    assert again.replay().sum().item() == 2.0 * 64 * (1 << 20)
+    del again
+    assert held() == before
 
 
 def test_a_backward_that_cannot_be_captured(
