@@ -16,10 +16,8 @@ from torch import nn
 
 from examples.networks import Wide
 
-WIDE_BATCH, WIDE_ADDS = (
-    16,
-    16,
-)  # tensors of 64 MiB, more than the L2 cache of a GPU: a kernel takes longer than its launch
+# Tensors are larger than the L2 cache of a GPU, and kernels take longer than their launch.
+WIDE_BATCH, WIDE_ADDS = 16, 16
 
 
 class Towers(nn.Module):

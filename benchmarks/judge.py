@@ -37,7 +37,7 @@ def judge(row: Mapping[str, Any]) -> dict[str, float]:
     speed-up: how often `auto` steps while eager steps once. against all, against no handwork: the same for the fastest
     of all other engines, and of those that need no work by hand. share of the bound: the bound over what `auto` takes.
     regret: what `auto` loses against the best of its own lanes, forced. Where its plan is that of a forced lane, both
-    are the same thing measured twice, and the lane's time counts.
+    are the same thing measured twice: the lane's time counts for the regret, and the lane is none of the others.
     """
     medians = medians_ms(row)
     if AUTO not in medians:
@@ -49,8 +49,8 @@ def judge(row: Mapping[str, Any]) -> dict[str, float]:
     if forced := _of(medians, FORCED):
         own_ms = medians.get(SAME.get(plan(row), ""), auto_ms)
         found["regret"] = round(own_ms / min(forced) - 1, 4)
-    if medians:
-        found["against all"] = round(min(medians.values()) / auto_ms, 3)
+    if others := [ms for engine, ms in medians.items() if engine not in FORCED or engine != SAME.get(plan(row))]:
+        found["against all"] = round(min(others) / auto_ms, 3)
     if usual := _of(medians, NO_HANDWORK):
         found["against no handwork"] = round(min(usual) / auto_ms, 3)
     if "ms" in row.get("bound", {}):

@@ -29,8 +29,8 @@ def measure(case: Case, engines: Sequence[str], repeats: int, steps: int, compar
     """Time all engines and compare the results of some; an engine that fails has the reason instead."""
     model = make(case)
     cells: Cells = {engine: {} for engine in engines}
-    as_it_is = {name: getattr(torch._dynamo.config, name) for name in in_place.DYNAMO}  # which `auto` changes
-    with torch._dynamo.config.patch(DYNAMO | as_it_is):
+    as_it_is = {name: getattr(torch._dynamo.config, name) for name in in_place.CHANGED}  # by `auto`
+    with torch._dynamo.config.patch(as_it_is | DYNAMO):
         time_engines(case, model, cells, repeats, steps)
         forget()
         compare(case, model, {engine: cells[engine] for engine in engines if engine in compared})

@@ -30,11 +30,13 @@ The bound is what a step takes at least with the kernels of plain PyTorch, each 
 the longer of the critical path (the longest branch of every region, and all that lies outside of regions) and of the
 time with every multiprocessor full (each kernel's time, times the part of the GPU that its blocks fill). Copies,
 launches, and what branches take from each other in DRAM and L2 are left out. A compiler that makes other kernels may
-go below it.
+go below it. It does not depend on mpsrun: a row that was measured again keeps the bound that was found before on a GPU
+of the same kind.
 
 Speed-ups of `auto` are those over eager, over the fastest of everything else in the table, and over the fastest of
-what needs no handwork. Regret is what the plan that `auto` chose loses against the best lane, forced; where it is the
-plan of a forced lane, by that lane's time, since what else they differ by is noise.
+what needs no handwork. Regret is what the plan that `auto` chose loses against the best lane, forced. Where it is the
+plan of a forced lane, what the two differ by is noise: the lane's time counts for the regret, and the lane is not
+among everything else.
 """
 
 MEMORY = f"""\
@@ -78,10 +80,11 @@ def page(results: Results, chart: str) -> str:
 
 def _runs(results: Results) -> Iterator[str]:
     for index, run in enumerate(results.runs):
-        rows = [name(row) for row in measured(results) if row["run"] == index]
+        found = [name(row) for row in measured(results) if row["run"] == index]
+        found += ["parts of a step"] if any(part["run"] == index for part in results.parts) else []
         told = ", ".join(f"{key} {value}" for key, value in run.items())
-        if rows or any(part["run"] == index for part in results.parts):
-            yield f"Measured on {told}" + (f": {', '.join(rows)}." if len(results.runs) > 1 else ".")
+        if found:
+            yield f"Measured on {told}" + (f": {', '.join(found)}." if len(results.runs) > 1 else ".")
 
 
 def _times(rows: Sequence[dict[str, Any]]) -> Iterator[str]:

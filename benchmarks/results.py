@@ -69,17 +69,24 @@ class Results:
     def merge(self, other: Results) -> None:
         """Take over what another file holds, each row with its run; a row without figures replaces none that has some.
 
-        Rows are taken as a whole, since the engines of a row were measured beside each other.
+        Rows are taken as a whole, since the engines of a row were measured beside each other. But a row without a bound
+        keeps the one that was found before on a GPU of the same kind: it does not depend on mpsrun.
         """
         for row in other.rows:
             if "engines" in row or not self.has(row["network"], row["batch"]):
-                self.put_row(row, other.runs[row["run"]])
+                run = other.runs[row["run"]]
+                self.put_row(self._bound_before(row, run) | row, run)
         for part in other.parts:
             self.put_part(part, other.runs[part["run"]])
         used = sorted({entry["run"] for entry in (*self.rows, *self.parts)})
         self.runs = [self.runs[index] for index in used]
         for entry in (*self.rows, *self.parts):
             entry["run"] = used.index(entry["run"])
+
+    def _bound_before(self, row: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+        former = self._row(row["network"], row["batch"])
+        alike = bool(former) and self.runs[former["run"]].get("gpu") == run.get("gpu")
+        return {"bound": former["bound"]} if alike and "bound" in former else {}
 
     def put_row(self, row: dict[str, Any], run: dict[str, Any]) -> None:
         """Add a row, or replace the one of the same network and batch."""

@@ -14,9 +14,10 @@ import msgspec
 import pool
 import pytest
 import torch
+import torch._dynamo
 from networks import Three
 from test_choosing import Timed, both, train, tuned, until_decided  # noqa: F401 - `tuned` is a fixture
-from transparency import trained
+from transparency import Trained, trained
 
 from mpsrun import config, log
 from mpsrun.checkout import with_package
@@ -122,14 +123,24 @@ def test_a_memory_hog_never_makes_the_run_fail(load: Load, said: list[str], monk
     train(sides, 10)
 
 
-def test_a_plain_network_wakes_for_a_load(load: Load, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its calls go through Dynamo only while other plans are tried, or faster than the plain run."""
+@pytest.fixture
+def as_launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Trained, Trained]]:
+    """A network, and a copy that is compiled in place and looks at the load in each call."""
     monkeypatch.setattr(in_place, "LOOK_S", 0.0)
-    clock = Timed(monkeypatch, {"serial": 500.0})
     plain = Three().double()
     fast = copy.deepcopy(plain)
-    in_place.compile_in_place(fast)
-    sides = trained(plain), trained(fast)
+    dynamo = torch._dynamo.config
+    with dynamo.patch({name: getattr(dynamo, name) for name in in_place.CHANGED}):
+        in_place.compile_in_place(fast)
+        yield trained(plain), trained(fast)
+
+
+def test_a_plain_network_wakes_for_a_load(
+    load: Load, as_launched: tuple[Trained, Trained], said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its calls go through Dynamo only while other plans are tried, or faster than the plain run."""
+    clock = Timed(monkeypatch, {"serial": 500.0})
+    sides = as_launched
     until_decided(sides)
     for _ in range(2):
         train(sides, 3)
@@ -148,14 +159,12 @@ def test_a_plain_network_wakes_for_a_load(load: Load, said: list[str], monkeypat
         said.clear()
 
 
-def test_a_plain_network_goes_back_to_its_lanes(load: Load, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plain_network_goes_back_to_its_lanes(
+    load: Load, as_launched: tuple[Trained, Trained], said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Under a load the plain run was the fastest; once that is gone no trial is needed."""
-    monkeypatch.setattr(in_place, "LOOK_S", 0.0)
     clock = Timed(monkeypatch, {"serial": 1000.0, "workers, 5 lanes": 500.0})
-    plain = Three().double()
-    fast = copy.deepcopy(plain)
-    in_place.compile_in_place(fast)
-    sides = trained(plain), trained(fast)
+    sides = as_launched
     until_decided(sides)
     load.sample = with_(QUIET, tenants=(Tenant(77, 2048),))
     clock.us = {"serial": 600.0}

@@ -60,7 +60,7 @@ def test_a_plan_that_was_forced_as_well_is_judged_by_that_time() -> None:
     """What else the two differ by is noise."""
     row = made("any", eager=12.0, mpsrun_captured=5.0, mpsrun_workers=8.0, mpsrun_auto=6.0)
     row["engines"]["mpsrun auto"]["plans"] = ["captured streams", "captured streams"]
-    assert judge(row)["regret"] == 0.0
+    assert (judge(row)["regret"], judge(row)["against all"]) == (0.0, 1.333)
     row["engines"]["mpsrun captured"] = cell(10.0)
     assert judge(row)["regret"] == 0.25
     row["engines"]["mpsrun auto"]["plans"] = ["captured streams", "serial"]
@@ -138,6 +138,18 @@ def test_the_chart(tmp_path: Path) -> None:
 
 def test_an_empty_page() -> None:
     assert "## Times" in page.page(Results(), "chart.svg")
+
+
+def test_a_bound_stays_with_a_row_that_is_measured_again() -> None:
+    bound = {"ms": 2.0, "critical path ms": 2.0, "full GPU ms": 1.25}
+    for run, expected in (({**RUN, "commit": "def5678"}, bound), ({**RUN, "gpu": "another GPU"}, None)):
+        merged, again = Results(), Results()
+        merged.put_row(made("fast", eager=40.0) | {"bound": bound}, RUN)
+        again.put_row(made("fast", eager=30.0, mpsrun_auto=4.0), run)
+        merged.merge(again)
+        (row,) = merged.rows
+        assert row["engines"]["eager"]["ms"][0] == 30.0
+        assert row.get("bound") == expected
 
 
 def test_files_are_merged_row_by_row() -> None:

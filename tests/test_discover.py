@@ -8,7 +8,7 @@ import torch
 from networks import Three
 from torch import Tensor, nn
 
-from mpsrun.run import report
+from mpsrun.run import in_place, report
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.discover import Discovery
 
@@ -16,13 +16,9 @@ from mpsrun.run.discover import Discovery
 @pytest.fixture
 def discovery(workers: Coordinator) -> Iterator[Discovery]:
     """A search, as the launcher starts it."""
-    names = (
-        *("suppress_errors", "allow_rnn", "skip_nnmodule_hook_guards"),
-        *("recompile_limit", "accumulated_recompile_limit"),
-    )
     report.graphs.clear()
     found = Discovery()
-    with torch._dynamo.config.patch({name: getattr(torch._dynamo.config, name) for name in names}):
+    with torch._dynamo.config.patch({name: getattr(torch._dynamo.config, name) for name in in_place.CHANGED}):
         found.install()
         yield found
         found.remove()

@@ -36,6 +36,7 @@ DYNAMO = {
     "skip_nnmodule_hook_guards": False,
     "suppress_errors": True,  # what Dynamo cannot handle runs plain, frame by frame
 }
+CHANGED = (*DYNAMO, "recompile_limit", "accumulated_recompile_limit")
 
 
 def compile_in_place(module: nn.Module, options: Mapping[str, Any] | None = None) -> None:
