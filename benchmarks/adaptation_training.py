@@ -1,9 +1,10 @@
 """A training for `scripts/adapt`, which ends by itself. Nothing of it knows of mpsrun.
 
-    adaptation_training.py SECONDS [wide] [in-place]
+    adaptation_training.py SECONDS [wide|cached] [in-place]
 
-wide: branches that fill the GPU one by one, instead of towers that do not. in-place: the network cuts its input in
-place, which keeps it from being captured, and leaves the other lanes to it.
+wide: branches that fill the GPU one by one, instead of towers that do not. cached: the same with tensors of which one
+branch's fit into the cache of the GPU, and two branches' do not. in-place: the network cuts its input in place, which
+keeps it from being captured, and leaves the other lanes to it.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch import nn
 
 from examples.networks import Wide
 
-# Tensors are larger than the L2 cache of a GPU, and kernels take longer than their launch.
-WIDE_BATCH, WIDE_ADDS = 16, 16
+# Batches of the networks whose tensors have 64 and 16 MiB: the L2 cache of an H100 or H200 has 50 MiB.
+WIDE = {"wide": 16, "cached": 4}
 
 
 class Towers(nn.Module):
@@ -49,12 +50,13 @@ class Cut(nn.Module):
 class Training:
     """The network, its optimizer and one batch."""
 
-    def __init__(self, wide: bool = False, in_place: bool = False) -> None:
+    def __init__(self, *kind: str) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        network = Wide(adds=WIDE_ADDS) if wide else Towers()
-        self.model = (Cut(network) if in_place else network).to(device)
+        batches = [batch for word, batch in WIDE.items() if word in kind]
+        network = Wide(adds=16) if batches else Towers()
+        self.model = (Cut(network) if "in-place" in kind else network).to(device)
         self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-3)
-        self.x = torch.randn(*((WIDE_BATCH, 2**20) if wide else (4, 128, 256)), device=device)
+        self.x = torch.randn(*((batches[0], 2**20) if batches else (4, 128, 256)), device=device)
         self.loss = torch.zeros(())
 
     def step(self) -> None:
@@ -66,7 +68,7 @@ class Training:
 
 
 def main() -> None:
-    training = Training("wide" in sys.argv[2:], "in-place" in sys.argv[2:])
+    training = Training(*sys.argv[2:])
     end_s = time.monotonic() + float(sys.argv[1])
     steps = 0
     while time.monotonic() < end_s:
