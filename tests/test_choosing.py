@@ -71,6 +71,27 @@ def test_the_fastest_is_kept(tuned: Coordinator, monkeypatch: pytest.MonkeyPatch
     assert report.graphs[0].calls == before + 4
 
 
+def test_two_calls_before_a_backward_are_one_step(tuned: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call by itself would be timed once without a backward and once with that of both."""
+    clock = Timed(monkeypatch, {"serial": 1000.0, "workers, 3 lanes": 500.0})
+    sides, steps = both(), 0
+    models = [side.model for side in sides]
+    for _ in range(MOST_STEPS):
+        if plans._saved.graphs:
+            break
+        first, second = torch.randn(2, 5, 6, dtype=torch.float64)
+        for model in models:
+            model.zero_grad()
+            (model(first) * model(second)).sum().backward()
+        found, wanted = ([p.grad for p in model.parameters()] for model in models)
+        torch.testing.assert_close(found, wanted)
+        steps += bool(clock.names)
+        pool.settle(pool.current())  # type: ignore[arg-type]
+    assert len(clock.names) <= steps <= tuner.MAX_STEPS
+    (kept,) = plans._saved.graphs.values()
+    assert "worker 1" in str(kept.plan)
+
+
 def test_what_other_candidates_needed_is_given_back(tuned: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once, when it is known which plan is kept: to ask the GPU for memory again costs time."""
     seen: list[int] = []

@@ -1,9 +1,11 @@
-"""How steps are timed on a GPU, with events of the test's own."""
+"""What a step is, and how it is timed on a GPU, with events of the test's own."""
 
 import pytest
+import torch
+from torch import nn
 
 from mpsrun.run import stepclock
-from mpsrun.run.stepclock import MOST_AHEAD, StepClock
+from mpsrun.run.stepclock import MOST_AHEAD, MOST_CALLS, StepClock
 
 
 class Device:
@@ -87,3 +89,43 @@ def test_an_interrupted_step_is_not_timed(device: Device) -> None:
     launch(clock, range(2, 4))
     device.done = 4
     assert [candidate for candidate, _ in clock.periods()] == [0, 2]
+
+
+def call(clock: StepClock, model: nn.Module) -> torch.Tensor:
+    output = model(torch.ones(2, 3))
+    clock.called((output, 3, output.detach()))
+    return output
+
+
+def test_calls_before_a_backward_are_one_step() -> None:
+    clock, model = StepClock("cpu"), nn.Linear(3, 3)
+    assert not clock.is_amid()
+    for _ in range(3):
+        clock.start(0)
+        first = call(clock, model)
+        assert clock.is_amid()
+        second = call(clock, model)
+        assert clock.is_amid()
+        (first * second).sum().backward()
+        assert not clock.is_amid()
+
+
+def test_a_call_without_a_backward_to_come_is_a_step() -> None:
+    clock, model = StepClock("cpu"), nn.Linear(3, 3)
+    with torch.no_grad():
+        call(clock, model)
+    assert not clock.is_amid()
+    output = call(clock, model)
+    del output
+    assert not clock.is_amid(), "its graph is dropped"
+
+
+def test_a_backward_that_never_comes_is_not_waited_for() -> None:
+    clock, model = StepClock("cpu"), nn.Linear(3, 3)
+    kept, steps = [], 0
+    for _ in range(3 * MOST_CALLS):
+        if not clock.is_amid():
+            clock.start(0)
+            steps += 1
+        kept.append(call(clock, model))
+    assert steps == 3

@@ -180,11 +180,15 @@ class Graph:
         except Exception as error:  # noqa: BLE001 - see _give_up
             self._give_up(error)
             variant = None
-        if variant is None or variant.is_plain:
-            return self._gm.forward(*args)
+        result = self._gm.forward(*args) if variant is None or variant.is_plain else self._on_lanes(variant, args)
+        if special.tuning is not None:
+            special.tuning.called(result)
+        return result
+
+    def _on_lanes(self, variant: Variant, args: tuple[Any, ...]) -> Any:
         try:
-            if owner is not None and variant.strands:
-                owner.enter()
+            if self._coordinator is not None and variant.strands:
+                self._coordinator.enter()
                 variant.binding.follow(args)
         except NotShippable as error:  # memory that no worker can see
             log.detail(f"a network runs in the lead: {error}")

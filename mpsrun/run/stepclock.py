@@ -1,10 +1,15 @@
-"""How long a script's own steps take: from the start of one call of a network to the start of the next."""
+"""How long a script's own steps take: from a call of a network to the first one after a backward.
+
+Several calls before one backward, as of an encoder for both of two views, are one step.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +17,7 @@ import torch
 Period = tuple[int, float]  # under which candidate, and microseconds
 
 MOST_AHEAD = 2  # steps that are launched and not through, while plans are compared
+MOST_CALLS = 8  # in one step: a script may never ask for the backward
 NAP_S = 1e-4
 CATCH_UP_S = 30.0
 
@@ -24,9 +30,26 @@ class StepClock:
         self._last: tuple[int, Any] | None = None
         self._open: deque[tuple[int, Any, Any]] = deque()
         self._taking = threading.Lock()  # several threads may call one network
+        self._calls = 0
+        self._pending: Callable[[], _Pending | None] = lambda: None
+
+    def is_amid(self) -> bool:
+        """Whether the call that begins now belongs to the step before: the backward of its last call is yet to come."""
+        pending = self._pending()
+        return pending is not None and not pending.came and self._calls < MOST_CALLS
+
+    def called(self, results: Sequence[Any]) -> None:
+        """A call has ended with these results."""
+        self._calls += 1
+        pending = _Pending()
+        for result in results:
+            if isinstance(result, torch.Tensor) and result.grad_fn is not None:
+                result.grad_fn.register_prehook(pending)
+        self._pending = weakref.ref(pending)  # gone with the graph, or at once where nothing has a gradient
 
     def start(self, candidate: int) -> None:
         """A step begins, which runs under this candidate."""
+        self._calls = 0
         now: Any = time.perf_counter()
         if self._is_cuda:
             now = torch.cuda.Event(enable_timing=True)
@@ -61,3 +84,13 @@ class StepClock:
                 candidate, start, end = self._open.popleft()
                 found.append((candidate, start.elapsed_time(end) * 1e3 if self._is_cuda else (end - start) * 1e6))
         return found
+
+
+class _Pending:
+    """A backward that is yet to come, as a hook of the graph that it goes through."""
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def __call__(self, _gradients: object) -> None:
+        self.came = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from mpsrun import log
 from mpsrun.plan import adapt, tuner
@@ -126,14 +127,24 @@ class Tuning:
         for worker in [worker for worker in lost if worker not in self._lost]:
             self._lost.add(worker)
             self._advance(tuner.WorkerLost(worker))
-        if self.is_decided and self._is_watching:
+        if not self._is_timing or self._clock.is_amid():
+            return self._state.current
+        if self.is_decided:
             self._compare_alike(calls)
-        if not self.is_decided or self._is_watching:
-            self._look()
+        self._look()
         current = self._state.current
-        if not self.is_decided or self._is_watching:
+        if self._is_timing:
             self._clock.start(current)
         return current
+
+    def called(self, results: Sequence[Any]) -> None:
+        """The call of the last `step` has ended with these results."""
+        if self._is_timing:
+            self._clock.called(results)
+
+    @property
+    def _is_timing(self) -> bool:
+        return not self.is_decided or self._is_watching
 
     def wakes(self) -> bool:
         """Whether others are to be tried again beside a plan that is plain; asked between calls that are not its."""
