@@ -86,8 +86,8 @@ class _QuietRecorder:
         return self._real.era
 
     @property
-    def may_free(self) -> bool:
-        return self._real.may_free
+    def has_workers(self) -> bool:
+        return self._real.has_workers
 
     def make_room(self) -> None:
         self._real.make_room()

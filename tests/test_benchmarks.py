@@ -485,7 +485,7 @@ def test_the_least_step_hands_out_all_gradients() -> None:
 
 def test_what_is_not_captured_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        captured_host.Quiet, "around", lambda *_: SimpleNamespace(era=0, may_free=True, make_room=refuse)
+        captured_host.Quiet, "around", lambda *_: SimpleNamespace(era=0, has_workers=False, make_room=refuse)
     )
     with pytest.raises(RuntimeError, match="expected trial-4 to be captured"):
         captured_host.captured_host(TRIAL_CASE, 1, 1)

@@ -20,6 +20,7 @@ from captures import (
     noted,
     on_captured,
     saved_plan,
+    step,
     three,
     train_pinned,
     two_forwards,
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from mpsrun import config
 from mpsrun.run import captured, replay, report, verify
 from mpsrun.run.captured import Captured
+from mpsrun.run.recorder import Repeater
 from mpsrun.run.special import Planner
 
 TWICE = "backward through the graph a second time"
@@ -64,7 +66,56 @@ def test_several_forwards_before_a_backward(made: list[Captured]) -> None:
     pair = pair_of()
     before = made[0].replays
     pair.both(two_forwards)
-    assert made[0].replays == before + 1
+    assert made[0].replays == before + 2
+
+
+def test_more_forwards_than_recordings_may_be(made: list[Captured]) -> None:
+    """The others run as they are."""
+
+    def many(model: nn.Module) -> Tensor:
+        outputs = [model(inputs(seed)) for seed in range(captured.MOST_AT_ONCE + 3)]
+        torch.stack(outputs).prod(0).sum().backward()
+        return outputs[0]
+
+    pair = pair_of()
+    before = made[0].replays
+    for _ in range(2):
+        pair.both(many)
+    assert made[0].replays == before + 2 * captured.MOST_AT_ONCE
+    assert len(made[0]._bodies) == captured.MOST_AT_ONCE
+
+
+def test_a_recording_that_is_not_needed_any_more_is_dropped(
+    made: list[Captured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(captured, "MOST_IDLE", 5)
+    pair = pair_of()
+    pair.both(two_forwards)
+    for _ in range(5):
+        pair.both(step)
+    assert len(made[0]._bodies) == 2
+    pair.both(step)
+    assert len(made[0]._bodies) == 1
+    pair.both(two_forwards)
+    assert len(made[0]._bodies) == 2
+
+
+def test_no_room_for_a_second_recording(
+    made: list[Captured], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The first one stays."""
+    pair = pair_of()
+
+    def full(_recorder: Repeater) -> None:
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(Repeater, "make_room", full)
+    before = made[0].replays
+    for _ in range(3):
+        pair.both(two_forwards)
+    pair.both(step)
+    assert made[0].replays == before + 4
+    assert "captured" not in capfd.readouterr().err
 
 
 def test_outputs_and_gradients_stay_valid(made: list[Captured]) -> None:
@@ -151,7 +202,7 @@ def test_a_graph_that_is_kept_is_not_overwritten(made: list[Captured]) -> None:
     pair = pair_of()
     before = made[0].replays
     pair.both(kept_graph)
-    assert made[0].replays == before + 1
+    assert made[0].replays == before + 2
 
 
 def test_a_graph_that_is_dropped_frees_the_recording(made: list[Captured]) -> None:
@@ -263,7 +314,7 @@ def test_settings_are_followed(made: list[Captured]) -> None:
 
 def test_what_cannot_be_recorded_runs_uncaptured(made: list[Captured], monkeypatch: pytest.MonkeyPatch) -> None:
     class Full:
-        era, may_free = 0, True
+        era, has_workers = 0, False
 
         def make_room(self) -> None:
             raise torch.OutOfMemoryError("no memory for a recording")

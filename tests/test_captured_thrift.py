@@ -84,7 +84,7 @@ def test_it_starts_once_steps_were_alike(bodies: list[Thrift], made: list[Captur
     assert made[0].replays == 16
 
 
-@pytest.mark.parametrize("habit", [twice, kept_graph, gradient_penalty])
+@pytest.mark.parametrize("habit", [twice, gradient_penalty])
 def test_habits_from_the_first_step_on_keep_it_away(bodies: list[Thrift], habit: Use) -> None:
     pair = Pair(on_captured, three, calls=0)
     for _ in range(12):
@@ -92,12 +92,12 @@ def test_habits_from_the_first_step_on_keep_it_away(bodies: list[Thrift], habit:
     assert bodies == [NONE]
 
 
-def test_two_forwards_do_not_keep_it_away(bodies: list[Thrift]) -> None:
-    """The second one runs as it is."""
+@pytest.mark.parametrize(("use", "thrift"), [(two_forwards, [ALL, ALL]), (kept_graph, [ALL])])
+def test_it_starts_for_each_of_two_calls(bodies: list[Thrift], use: Use, thrift: list[Thrift]) -> None:
     pair = Pair(on_captured, three, calls=0)
     for _ in range(12):
-        pair.both(two_forwards)
-    assert bodies == [NONE, ALL]
+        pair.both(use)
+    assert bodies == [NONE, NONE, *thrift]
 
 
 @pytest.mark.parametrize("make", [three, Counting], ids=["three", "counting"])
@@ -227,7 +227,7 @@ def test_a_backward_that_is_recorded_in_no_way(made: list[Captured], monkeypatch
 class Overwriting:
     """As a GPU records: each replay has its results in the same tensors, and the next forward writes over gradients."""
 
-    era, may_free = 0, True
+    era, has_workers = 0, False
 
     def make_room(self) -> None:
         """There is no pool."""
@@ -299,7 +299,13 @@ def asks_for_gradients(
     return None
 
 
-HABITS = [drops, drops_after_forward, keeps_some, keeps_views, accumulates, asks_for_gradients]
+def overlaps(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], number: int) -> object:
+    optimizer.zero_grad()
+    (loss() * loss()).backward()
+    return None
+
+
+HABITS = [drops, drops_after_forward, keeps_some, keeps_views, accumulates, asks_for_gradients, overlaps]
 
 
 @pytest.mark.parametrize("habit", HABITS, ids=lambda habit: habit.__name__)

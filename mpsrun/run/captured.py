@@ -5,7 +5,8 @@ buffers are read and written where they are. Backward is recorded when the scrip
 combination of outputs that has gradients. The first call under given settings runs as it is, so that whatever is set up
 at first use is there.
 
-A recording holds the activations of one call. While that one's backward may still come, another call runs without it.
+A recording holds the activations of one call. While that one's backward may still come, another call has another
+recording, as where an encoder is called for two views before the backward of both.
 
 Once many steps in a row were alike, and asked for nothing more than plain PyTorch's memory holds, the graph is recorded
 anew with thrift. A script that asks for more after that gets a recording without.
@@ -30,6 +31,8 @@ MOST_RECORDINGS = 4
 STEPS_BEFORE_THRIFT = 32
 # Each of them keeps the activations of a call.
 MOST_RECORDED = 8
+MOST_AT_ONCE = 4  # calls whose backward is yet to come
+MOST_IDLE = 64  # replays of others, after which a recording is dropped: calls do not overlap any more
 
 
 class Captured:
@@ -42,10 +45,11 @@ class Captured:
         self.replays = 0
         self.thrift = Thrift(False, False)
         self._subject, self._run, self._recorder = subject, run, recorder
-        self._may_save = recorder.may_free
+        self._may_save = not recorder.has_workers
         self._may_lend = True
-        self._body: Body | None = None
-        self._recordings = 0
+        self._most = 1 if recorder.has_workers else MOST_AT_ONCE
+        self._bodies: list[Body] = []
+        self._moves = 0  # how often recordings were dropped since something was not as they need it
         self._settings: Settings | None = None  # those of the last call that ran as it is
         self._bumps: dict[int, int] = {}  # by argument, how many versions it gains in a call
         self._lock = threading.Lock()  # two threads cannot have their activations in one place
@@ -63,43 +67,58 @@ class Captured:
             self._lock.release()
 
     def _body_for(self, args: tuple[Any, ...]) -> Body | None:
-        if self._body is not None and not self._body.is_busy and self._changes_thrift(self._body):
-            self._body = None
-            self._recordings -= 1
-        body, settings = self._body, (modes.flags(), modes.ambient(self._subject.kind), self._recorder.era)
-        if body is not None and body.settings == settings and body.fits(args):
-            return None if body.is_busy else body
-        if self._recordings >= MOST_RECORDINGS and body is not None and not body.is_busy:
+        """The recording to replay; None where the call runs as it is."""
+        settings = modes.flags(), modes.ambient(self._subject.kind), self._recorder.era
+        free = [body for body in self._bodies if not body.is_busy]
+        busy = len(self._bodies) - len(free)
+        body = next((body for body in free if body.settings == settings and body.fits(args)), None)
+        if body is not None and body.failed is not None and not body.thrift.frees:
+            self._give_up(body.failed)
+        elif body is not None and not self._changes_thrift(body):
+            return self._used(body)
+        stale = free if body is None else [body]
+        if body is None and stale and self._moves == MOST_RECORDINGS - 1:
             times = f"it was recorded {MOST_RECORDINGS} times, as parameters moved, or settings or workers changed"
             self._give_up(NotShippable(times))
-        if self._recordings >= MOST_RECORDINGS or settings != self._settings:
+        if busy >= self._most:
+            return None
+        if settings != self._settings:
             self._settings = settings
             return None
-        if body is not None and body.is_busy:
-            return None
-        body = self._body = None  # its memory is free for the next one
-        self._recordings += 1
+        self._moves += bool(stale) and body is None
+        self._bodies = [body for body in self._bodies if body not in stale]
+        del body, free, stale  # their memory is free for the next one
+        return self._recorded(args, settings)
+
+    def _recorded(self, args: tuple[Any, ...], settings: Settings) -> Body | None:
         try:
             self._subject.recorded.add(self)
             if len(self._subject.recorded) > MOST_RECORDED:
                 raise NotShippable(f"{MOST_RECORDED} others of this graph are, for other sizes, modes and plans")
             body = Body(self._subject, self._run, args, self._recorder, self._bumps, settings, self.thrift)
-            self._body = body if self._recorder.era == settings[2] else None  # another thread may have changed it
         except NotNow:
-            self._recordings -= 1
+            return None
         except (RuntimeError, NotShippable) as error:
             if self.thrift.frees:
-                self._recordings -= 1
                 self._spend()
+            elif self._bodies:  # there is no room for one more
+                self._most = len(self._bodies)
             else:
                 self._give_up(error)
-        return self._body
+            return None
+        if self._recorder.era != settings[2]:  # another thread may have changed it
+            return None
+        self._bodies.append(body)
+        return self._used(body)
+
+    def _used(self, body: Body) -> Body:
+        body.used = self.replays
+        if len(self._bodies) > 1:
+            self._bodies = [b for b in self._bodies if b.is_busy or self.replays - b.used <= MOST_IDLE]
+        return body
 
     def _changes_thrift(self, body: Body) -> bool:
         """Whether a recording with more or less thrift is to take the place of this one; asked before each forward."""
-        if body.failed is not None and not body.thrift.frees:
-            self._give_up(body.failed)
-            return False
         if body.failed is not None or body.outgrown:
             self._spend()
         elif self._may_save and not body.thrift.frees and body.regular >= STEPS_BEFORE_THRIFT:
@@ -116,7 +135,7 @@ class Captured:
         self._may_save, self.thrift = False, Thrift(False, False)
 
     def _give_up(self, error: Exception) -> None:
-        self._body, self._recordings = None, MOST_RECORDINGS
+        self._bodies, self._most = [], 0
         self._subject.recorded.discard(self)
         reason = str(error).strip().partition("\n")[0]
         log.say(f"a network cannot be captured, it runs uncaptured ({type(error).__name__}: {reason})")

@@ -120,8 +120,8 @@ class TunedRecorder:
         return self._recorder.era
 
     @property
-    def may_free(self) -> bool:
-        return self._recorder.may_free
+    def has_workers(self) -> bool:
+        return self._recorder.has_workers
 
     def make_room(self) -> None:
         self._recorder.make_room()

@@ -35,8 +35,8 @@ class Recorder(Protocol):
     """Makes recordings on one device."""
 
     @property
-    def may_free(self) -> bool:
-        """Whether a backward may free what it reads: it is called only when it is recorded, and not before."""
+    def has_workers(self) -> bool:
+        """Whether workers record their parts: one call at a time, and a backward runs once before it is recorded."""
 
     @property
     def era(self) -> object:
@@ -58,7 +58,7 @@ class CudaRecorder:
     They may share a pool since their replays follow each other: `replay` puts them in order across streams.
     """
 
-    may_free = True
+    has_workers = False
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -175,7 +175,7 @@ class _CudaRecording:
 class Repeater:
     """A CPU has no graphs: a replay calls the function again. Everything around a recording is the same."""
 
-    era, may_free = 0, True
+    era, has_workers = 0, False
 
     def make_room(self) -> None:
         """There is no pool."""

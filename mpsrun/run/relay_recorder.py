@@ -24,7 +24,7 @@ from mpsrun.wire import messages as m
 class RelayRecorder:
     """Makes the recordings of one lowered graph; `strands` in the order in which it forks into them."""
 
-    may_free = False  # a backward runs once to take notes before it is recorded
+    has_workers = True
 
     def __init__(self, inner: Recorder, strands: Sequence[Strand]) -> None:
         self._inner, self._strands = inner, strands

@@ -63,9 +63,9 @@ class Thrift(NamedTuple):
 class Body:
     """A recording of forward with its memory, and those of backward.
 
-    settings, thrift: what it was made under. failed: why its backward cannot be recorded, if so. regular: how many
-    calls in a row had one backward each, of the same outputs, and kept nothing. outgrown: whether one was not like
-    that, after backward had come to free what it reads.
+    settings, thrift: what it was made under. used: in which replay of its owner's it served last. failed: why its
+    backward cannot be recorded, if so. regular: how many calls in a row had one backward each, of the same outputs, and
+    kept nothing. outgrown: whether one was not like that, after backward had come to free what it reads.
     """
 
     def __init__(
@@ -101,6 +101,7 @@ class Body:
         self._backwards: dict[tuple[int, ...], Recording] = {}
         self._keepers: dict[tuple[int, ...], Keeper] = {}
         self.thrift = thrift
+        self.used = 0
         self._generation = 0
         self.failed: RuntimeError | None = None
         self.regular = 0

@@ -88,6 +88,27 @@ def test_loss_curve_is_the_plain_one(daemon: None, made: list[Captured], make: C
     assert made[0].replays == 18
 
 
+class Views(nn.Module):
+    """An encoder that is called for two views before the backward of both."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder(x) * self.encoder(x.flip(0))
+
+
+@pytest.mark.parametrize("width", [64, 8192])
+def test_two_calls_before_a_backward(daemon: None, made: list[Captured], width: int) -> None:
+    """Each has a recording of its own, with its own memory."""
+    torch.manual_seed(0)
+    plain = Three(width).to("cuda", torch.float64)
+    fast = on_captured(copy.deepcopy(plain))
+    assert losses(Views(fast), 40) == pytest.approx(losses(Views(plain), 40), rel=1e-9)
+    assert made[0].replays == 78, "all calls but those of the first step"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(daemon: None, made: list[Captured], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
