@@ -2,12 +2,14 @@
 
 import copy
 import dataclasses
+import gc
 import json
 import os
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -27,8 +29,10 @@ from mpsrun.monitor.sample import Sample, Tenant
 from mpsrun.plan import adapt
 from mpsrun.run import backend, in_place, plans, report
 from mpsrun.run import eyes as eyes_module
+from mpsrun.run import tuning as tuning_module
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.tuning import Tuning
+from mpsrun.run.variant import Variant
 from tests.plan.made import contenders
 
 MOST_STEPS = 400
@@ -124,29 +128,38 @@ def test_a_memory_hog_never_makes_the_run_fail(load: Load, said: list[str], monk
 
 
 @pytest.fixture
-def as_launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Trained, Trained]]:
-    """A network, and a copy that is compiled in place and looks at the load in each call."""
+def as_launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], tuple[Trained, Trained]]]:
+    """Makes a network, and a copy that is compiled in place and looks at the load in each call."""
+
+    def make() -> tuple[Trained, Trained]:
+        plain = Three().double()
+        fast = copy.deepcopy(plain)
+        in_place.compile_in_place(fast)
+        return trained(plain), trained(fast)
+
     monkeypatch.setattr(in_place, "LOOK_S", 0.0)
-    plain = Three().double()
-    fast = copy.deepcopy(plain)
     dynamo = torch._dynamo.config
     with dynamo.patch({name: getattr(dynamo, name) for name in in_place.CHANGED}):
-        in_place.compile_in_place(fast)
-        yield trained(plain), trained(fast)
+        yield make
+
+
+def assert_rests(sides: tuple[Trained, Trained], rests: bool = True) -> None:
+    """Whether calls are plain, without Dynamo."""
+    entered = backend.calls.entered
+    train(sides, 5)
+    assert (backend.calls.entered == entered) == rests
 
 
 def test_a_plain_network_wakes_for_a_load(
-    load: Load, as_launched: tuple[Trained, Trained], said: list[str], monkeypatch: pytest.MonkeyPatch
+    load: Load, as_launched: Callable[[], tuple[Trained, Trained]], said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its calls go through Dynamo only while other plans are tried, or faster than the plain run."""
     clock = Timed(monkeypatch, {"serial": 500.0})
-    sides = as_launched
+    sides = as_launched()
     until_decided(sides)
     for _ in range(2):
         train(sides, 3)
-        entered = backend.calls.entered
-        train(sides, 5)
-        assert backend.calls.entered == entered, "it rests"
+        assert_rests(sides)
         load.sample = with_(QUIET, tenants=(Tenant(77, 2048),))
         clock.us = {"serial": 3000.0, "workers, 5 lanes": 500.0}
         train_until(sides, "another process on the GPU (pid 77, 2048 MiB): tries", said)
@@ -160,23 +173,94 @@ def test_a_plain_network_wakes_for_a_load(
 
 
 def test_a_plain_network_goes_back_to_its_lanes(
-    load: Load, as_launched: tuple[Trained, Trained], said: list[str], monkeypatch: pytest.MonkeyPatch
+    load: Load, as_launched: Callable[[], tuple[Trained, Trained]], said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under a load the plain run was the fastest; once that is gone no trial is needed."""
     clock = Timed(monkeypatch, {"serial": 1000.0, "workers, 5 lanes": 500.0})
-    sides = as_launched
+    sides = as_launched()
     until_decided(sides)
     load.sample = with_(QUIET, tenants=(Tenant(77, 2048),))
     clock.us = {"serial": 600.0}
     train_until(sides, "keeps serial: 0.60 ms", said)
     train(sides, 3)
-    entered, calls = backend.calls.entered, report.graphs[0].calls
-    train(sides, 5)
-    assert backend.calls.entered == entered, "it rests"
+    calls = report.graphs[0].calls
+    assert_rests(sides)
     load.sample, clock.us = QUIET, {"serial": 1000.0, "workers, 5 lanes": 500.0}
     train_until(sides, "process 77 left the GPU: back to workers, 5 lanes", said)
     train(sides, 5)
     assert report.graphs[0].calls >= calls + 4
+
+
+def test_a_plain_network_rests_again_where_nothing_can_be_tried(
+    load: Load,
+    as_launched: Callable[[], tuple[Trained, Trained]],
+    said: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The workers do not get ready for a trial in time."""
+    Timed(monkeypatch, {"serial": 500.0})
+    sides = as_launched()
+    until_decided(sides)
+    train(sides, 3)
+    ready = Variant.is_ready
+    monkeypatch.setattr(Variant, "is_ready", lambda self: self.is_plain and ready(self))
+    load.sample = with_(QUIET, tenants=(Tenant(77, 2048),))
+    train(sides, 60)
+    assert_rests(sides, rests=False)
+    train(sides, int(adapt.PREPARE_S / 0.1))
+    assert_rests(sides)
+    assert not any("tries" in line for line in said)
+
+
+def test_evaluation_does_not_wake_a_plain_network(
+    load: Load, as_launched: Callable[[], tuple[Trained, Trained]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Timed(monkeypatch, {"serial": 500.0})
+    sides = as_launched()
+    until_decided(sides)
+    train(sides, 3)
+    load.sample = with_(QUIET, tenants=(Tenant(77, 2048),))
+    entered = backend.calls.entered
+    with torch.no_grad():
+        for _ in range(50):
+            sides[1].model(torch.randn(5, 6, dtype=torch.float64))
+    assert backend.calls.entered == entered
+
+
+def test_an_error_beside_a_call_leaves_the_network_plain(
+    load: Load,
+    as_launched: Callable[[], tuple[Trained, Trained]],
+    said: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Timed(monkeypatch, {"serial": 500.0})
+    sides = as_launched()
+    until_decided(sides)
+    train(sides, 3)
+
+    def broken(_tuning: Tuning) -> None:
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(Tuning, "tend", broken)
+    assert_rests(sides)
+    assert sum("it runs in the lead (OutOfMemoryError: planted)" in line for line in said) == 1
+    assert_rests(sides)
+
+
+def test_a_network_that_is_dropped_is_not_watched_any_more(
+    load: Load, as_launched: Callable[[], tuple[Trained, Trained]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Timed(monkeypatch, {"serial": 500.0})
+    sides = as_launched()
+    until_decided(sides)
+    last = weakref.ref(tuning_module._tuning())  # type: ignore[arg-type, misc]
+    rests = report.graphs[0].rests
+    del sides
+    torch._dynamo.reset()
+    gc.collect()
+    assert last() is None
+    assert rests is not None
+    assert rests()
 
 
 def test_steps_before_a_trial_run_under_the_old_plan(

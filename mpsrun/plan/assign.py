@@ -41,7 +41,8 @@ def spread(
     free = [index for index, branch in enumerate(region.branches) if branch.pinned is None]
     stay = [index for index, branch in enumerate(region.branches) if branch.pinned is not None]
     if not stay and len(free) > 1:
-        shares = lead_share and not _is_relieved([duration_us[index] for index in free], lanes, costs, nesting)
+        launch_us = costs.launch_us(region)
+        shares = lead_share and not _is_relieved([launch_us[index] for index in free], lanes, costs, nesting)
         stay = _kept(duration_us, free, nesting, shares)
     going = {index: duration_us[index] for index in free if index not in stay}
     load_us = dict.fromkeys(lanes, 0.0)
@@ -54,15 +55,15 @@ def spread(
     return tuple(found.get(index, LEAD) for index in range(len(duration_us)))
 
 
-def _is_relieved(duration_us: Sequence[float], lanes: Sequence[int], costs: Costs, nesting: Collection[int]) -> bool:
+def _is_relieved(launch_us: Sequence[float], lanes: Sequence[int], costs: Costs, nesting: Collection[int]) -> bool:
     """Whether there is a worker for every branch, and to hand over the shortest takes less than to launch it.
 
     The lead has more to do than its branches: all that is outside of regions, and the gradients of all parameters. But
     a branch with regions inside, which workers may share, is better kept.
     """
-    if nesting or costs.replayed or not all(map(is_worker, lanes)) or len(lanes) < len(duration_us):
+    if nesting or costs.replayed or not all(map(is_worker, lanes)) or len(lanes) < len(launch_us):
         return False
-    return min(duration_us) > costs.machine.crossing_us
+    return min(launch_us) > costs.machine.crossing_us
 
 
 def _kept(duration_us: Sequence[float], free: Sequence[int], nesting: Collection[int], lead_share: bool) -> list[int]:

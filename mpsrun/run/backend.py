@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +78,7 @@ class Graph:
         self._gm = gm
         self._options = options
         self._misses = 0
+        self._rested = False
         self._specials: dict[tuple[Any, ...], Special] = {}
         self.summary = report.Graph()
         self.analysis: Analysis | None = None
@@ -151,7 +153,8 @@ class Graph:
         if config.current().trace is not None:
             eyes(self._kind)  # also where nothing is tuned
         if not self._options.forced and eyes(self._kind).has_monitor:
-            self.summary.wakes = self._wakes
+            mine = weakref.WeakMethod(self._rests)  # all summaries are kept
+            self.summary.rests = lambda: (rests := mine()) is None or rests()
         self._maker = Maker(
             self._gm, self._effects, self._regions, self._coordinator, self._planner.subject, self.summary
         )
@@ -252,12 +255,22 @@ class Graph:
             return True
         return tuning.is_decided
 
-    def _wakes(self) -> bool:
-        """Whether plain calls end: for any of its sizes plans are to be tried again, or one from before is taken."""
-        for special in self._specials.values():
-            if special.tuning is not None and special.tuning.wakes():
-                self.summary.plain = False
-        return not self.summary.plain
+    def _rests(self) -> bool:
+        """Look at the load; whether all calls may be plain while it stays."""
+        if must_be_plain(self._kind):
+            return self._rested
+        tunings = [special.tuning for special in [*self._specials.values()] if special.tuning is not None]
+        try:
+            for tuning in tunings:
+                tuning.tend()
+        except Exception as error:  # noqa: BLE001 - see _give_up
+            self._give_up(error)
+            return True
+        self._rested = any(t.is_plain for t in tunings) and not any(t.needs_calls for t in tunings)
+        if self._rested:
+            for tuning in tunings:
+                tuning.pause()
+        return self._rested
 
     def _lost(self) -> list[int]:
         """The workers that nobody will take the places of."""
@@ -283,6 +296,7 @@ class Graph:
         if config.current().strict:
             raise error
         self._maker = None
+        self.summary.plain, self.summary.rests = True, None
         log.say(f"a network could not be planned for, it runs in the lead ({type(error).__name__}: {error})")
 
     def _make_now(self, maker: Maker, special: Special, args: tuple[Any, ...]) -> None:

@@ -71,11 +71,11 @@ class _Call:
         self._decided = False
         self._graphs: list[report.Graph] = []
         self._fresh = 0
-        self._rests, self._look_s = False, 0.0
+        self._rests, self._looked_s = False, 0.0
         self._told: set[str] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if (self._rests and not self._wakes()) or looked_through() or self._odd(*args, *kwargs.values()):
+        if looked_through() or self._odd(*args, *kwargs.values()) or (self._rests and not self._wakes()):
             return self._module._call_impl(*args, **kwargs)
         entered, known = backend.calls.entered, len(report.graphs)
         result = self._compiled(*args, **kwargs)
@@ -87,26 +87,34 @@ class _Call:
             self._decided = True
             if backend.calls.entered == entered:  # asked so, since networks of one kind share their graphs
                 self._tell_plain()
-        elif self._decided and self._graphs and all(graph.plain for graph in self._graphs):
-            self._rest()
+        elif self._decided and self._graphs:
+            self._consider_rest()
         return result
 
-    def _rest(self) -> None:
-        if all(graph.wakes is None for graph in self._graphs):
+    def _consider_rest(self) -> None:
+        if all(graph.plain for graph in self._graphs):
             self._give_up("nothing else is faster")
-        else:
+        elif self._looks() and self._may_rest():
             self._rests = True
             log.detail(f"{type(self._module).__name__} runs plain while the load stays: nothing else is faster")
 
     def _wakes(self) -> bool:
-        """Whether plans are to be tried again; looked at no more often than there are samples."""
+        """Whether plans are to be tried again, or one from before is taken. Evaluation does not ask."""
+        if torch.is_grad_enabled() and self._looks():
+            self._rests = self._may_rest()
+        return not self._rests
+
+    def _may_rest(self) -> bool:
+        answers = [graph.plain if graph.rests is None else graph.rests() for graph in self._graphs]  # all of them look
+        return all(answers)
+
+    def _looks(self) -> bool:
+        """Whether it is time to look at the load: no more often than there are samples."""
         now_s = time.monotonic()
-        if now_s < self._look_s:
-            return False
-        self._look_s = now_s + LOOK_S
-        woken = [graph for graph in self._graphs if graph.wakes is not None and graph.wakes()]
-        self._rests = not woken
-        return bool(woken)
+        is_due = now_s - self._looked_s >= LOOK_S
+        if is_due:
+            self._looked_s = now_s
+        return is_due
 
     def _tell_plain(self) -> None:
         """Without a word it would look as if mpsrun had done nothing."""

@@ -45,14 +45,14 @@ class RegionReport:
 class Graph:
     """One compiled graph: its regions on lanes, its refusals with their reasons, how often it ran on lanes.
 
-    plain: nothing of it leaves the lead. wakes: asked between calls that it has no part in, says whether it is to have
-    one again, since the load is another one; None where nobody watches that. declined: those of the refusals that are
-    the plan's. undecided, chosen: what it is called with, where its plans are still being tried, and where one was
-    decided on, with its name.
+    plain: nothing of it will ever leave the lead. rests: where the load is watched, looks at it, and says whether
+    nothing of it leaves the lead as things are; it goes with the graph. declined: those of the refusals that are the
+    plan's. undecided, chosen: what it is called with, where its plans are still being tried, and where one was decided
+    on, with its name.
     """
 
     plain: bool = False
-    wakes: Callable[[], bool] | None = None
+    rests: Callable[[], bool] | None = None
     regions: list[RegionReport] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
     declined: list[str] = field(default_factory=list)

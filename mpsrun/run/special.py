@@ -74,7 +74,7 @@ class Planner:
     ) -> None:
         self._gm, self._effects, self._regions, self._kind, self._options = gm, effects, regions, kind, options
         self._summary = summary
-        self._on_lanes: set[Special] = set()
+        self._uses_lanes = False  # for any sizes
         self.subject = Subject(gm, effects, kind)
         if self.subject.refusal and self._may_capture:
             summary.note(f"it cannot be captured: {self.subject.refusal}")
@@ -227,11 +227,9 @@ class Planner:
         plan = special.candidates[chosen].plan
         kept = {chosen} | (special.tuning.kept if special.tuning is not None else frozenset())
         special.variants = {i: variant for i, variant in special.variants.items() if i in kept}
-        if plan.is_serial:
-            self._on_lanes.discard(special)
-        else:
-            self._on_lanes.add(special)
-        self._summary.plain = not self._on_lanes
+        self._uses_lanes = self._uses_lanes or not plan.is_serial
+        if self._summary.rests is None:
+            self._summary.plain = not self._uses_lanes
         self._summary.chosen[special.description] = special.candidates[chosen].name
         if special.tuning is None or special.tuning.is_home:
             plans.keep(plans.fingerprint(special.key), special.description, plan)

@@ -16,7 +16,7 @@ import torch
 
 Period = tuple[int, float]  # under which candidate, and microseconds
 
-MOST_AHEAD = 2  # steps that are launched and not through, while plans are compared
+MOST_AHEAD = 2  # steps that are launched and not through when another one begins, while plans are compared
 MOST_CALLS = 8  # in one step: a script may never ask for the backward
 NAP_S = 1e-4
 CATCH_UP_S = 30.0
@@ -68,12 +68,12 @@ class StepClock:
         Where steps take the GPU longer than their launch, dozens of one plan would be under way before the first is
         timed. Gives up after `CATCH_UP_S`.
         """
-        if not self._is_cuda:
-            return
-        deadline_s = time.monotonic() + CATCH_UP_S
-        while len(self._open) > MOST_AHEAD and time.monotonic() < deadline_s:
-            if self._open[-1 - MOST_AHEAD][2].query():
+        with self._taking:
+            if not self._is_cuda or len(self._open) < MOST_AHEAD:
                 return
+            begun = self._open[-MOST_AHEAD][2]
+        deadline_s = time.monotonic() + CATCH_UP_S
+        while not begun.query() and time.monotonic() < deadline_s:
             time.sleep(NAP_S)
 
     def periods(self) -> list[Period]:

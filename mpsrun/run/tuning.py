@@ -146,13 +146,23 @@ class Tuning:
     def _is_timing(self) -> bool:
         return not self.is_decided or self._is_watching
 
-    def wakes(self) -> bool:
-        """Whether others are to be tried again beside a plan that is plain; asked between calls that are not its."""
-        if not self.is_decided:
+    def tend(self) -> None:
+        """Look at the load between calls, which may belong to others."""
+        if self.is_decided and self._eyes.adapts:
+            self._look()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the plain run was decided on, and nothing else is to be tried."""
+        decided = self.decided
+        return decided is not None and self.candidates[decided].plan.is_serial and not self.wants_candidates
+
+    @property
+    def needs_calls(self) -> bool:
+        """Whether a plan that is not plain was decided on, or plans are to be tried again; not while first tried."""
+        if self._state is None or (self._state.decided is None and self._state.before is None):
             return False
-        self.pause()
-        self._look()
-        return self.wants_candidates
+        return not self.is_plain
 
     @property
     def _is_watching(self) -> bool:
