@@ -17,10 +17,10 @@ START_S = 60.0
 SHARED = Config(workers=WORKERS, lanes="workers", timeout_s=30.0, worker_restarts=0)
 
 
-def start(settings: Config = SHARED, kind: str = "cpu", healthy: bool = True) -> Coordinator:
+def start(settings: Config = SHARED, kind: str = "cpu", healthy: bool = True, begin: bool = True) -> Coordinator:
     """Make `settings` this process's own and start its workers; returns once all of them are there.
 
-    Some may be lost already where they are not `healthy`.
+    Some may be lost already where they are not `healthy`. Without `begin` they are not told to open their device.
     """
     stop()
     with pytest.MonkeyPatch.context() as patch:
@@ -31,8 +31,12 @@ def start(settings: Config = SHARED, kind: str = "cpu", healthy: bool = True) ->
         # One thread a worker, as in the lead: the same kernels run, whatever machine this is.
         patch.setattr("mpsrun.run.pool.available_cores", lambda: 1)
         coordinator = session.coordinator(kind)
-    assert coordinator is not None, session.why_none()
-    wait_until(lambda: all(link.started or link.lost for link in coordinator.links), START_S)
+        assert coordinator is not None, session.why_none()
+        if begin:
+            coordinator.begin()
+    wait_until(
+        lambda: all(link.started or link.lost or (link.pid and not begin) for link in coordinator.links), START_S
+    )
     assert not healthy or lost(coordinator) == {}
     return coordinator
 

@@ -212,6 +212,18 @@ def test_a_plain_network_rests_again_where_nothing_can_be_tried(
     assert not any("tries" in line for line in said)
 
 
+def test_networks_of_one_kind_rest_together(
+    load: Load, as_launched: Callable[[], tuple[Trained, Trained]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Timed(monkeypatch, {"serial": 500.0})
+    first, second = as_launched(), as_launched()
+    until_decided(first)
+    for sides in (first, second):
+        train(sides, 3)
+        assert_rests(sides)
+    assert len(report.graphs) == 1
+
+
 def test_evaluation_does_not_wake_a_plain_network(
     load: Load, as_launched: Callable[[], tuple[Trained, Trained]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,12 +35,13 @@ MOST_SPECIALS = 64  # sets of sizes of one graph that are kept prepared
 
 @dataclass
 class Calls:
-    """How many calls there were so far of all graphs that may use lanes.
+    """How many calls there were so far of all graphs that may use lanes, and the graph of the last one.
 
     An attribute of `Graph` would do, but to set one in each call voids what Python has cached of the class.
     """
 
     entered: int = 0
+    last: report.Graph | None = None
 
 
 calls = Calls()
@@ -165,6 +166,7 @@ class Graph:
 
     def __call__(self, *args: Any) -> Any:
         calls.entered += 1
+        calls.last = self.summary
         owner, maker = self._coordinator, self._maker
         if maker is None or (owner is not None and owner.closed) or must_be_plain(self._kind):
             return self._gm.forward(*args)

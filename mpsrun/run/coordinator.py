@@ -58,17 +58,28 @@ class Coordinator:
             lambda: when_started(self),
             self._describe,
         )
-        self.setup = Setup(settings, device, self.lock, self.links, self._watcher)
+        self.setup = Setup(settings, device, self.lock, self.links, self._watcher, self.begin)
         self.garbage = Garbage()
         self.flags = modes.flags()
         self._graph_task = -1
         self._retired: deque[tuple[Room, int, Sequence[tuple[int, int]]]] = deque()
         self._thread: int | None = None
         self.crowded = False  # several threads call networks: between two ops of one, another may bind
-        self.closed = False
-        for link in self.links:
-            self.pool.start(link)
+        self.closed = self._has_begun = False
         self._watcher.start()
+
+    def begin(self) -> None:
+        """Have all workers open their devices, which takes memory: once, when the first of them is needed."""
+        with self.lock:
+            if not self._has_begun:
+                self._has_begun = True
+                for link in self.links:
+                    self._start(link)
+
+    def _start(self, link: Link) -> None:
+        self.pool.start(link)
+        for chunk in self._arena.chunks.values():
+            link.send(m.Map(chunk.handle))
 
     # ---- what crossings ask for; the caller holds `lock`
 
@@ -88,9 +99,8 @@ class Coordinator:
         self._watcher.took_in(former)
         former.is_ended = True
         former.dismiss()
-        self.pool.start(heir)
-        for chunk in self._arena.chunks.values():
-            heir.send(m.Map(chunk.handle))
+        if self._has_begun:
+            self._start(heir)
 
     def enter(self) -> None:
         """A call of a graph begins: note its thread, and the global settings, which cannot change during it."""

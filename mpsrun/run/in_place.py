@@ -80,14 +80,17 @@ class _Call:
         entered, known = backend.calls.entered, len(report.graphs)
         result = self._compiled(*args, **kwargs)
         self._graphs += report.graphs[known:]
+        graphs, last = backend.calls.entered - entered, backend.calls.last
+        if graphs and last is not None and not any(graph is last for graph in self._graphs):
+            self._graphs.append(last)  # of another network of its kind
         self._fresh = self._fresh + 1 if len(report.graphs) > known else 0
         if self._fresh == MOST_FRESH:
             self._give_up("Dynamo compiles it anew in every call")
         elif not self._decided and torch.is_grad_enabled():
             self._decided = True
-            if backend.calls.entered == entered:  # asked so, since networks of one kind share their graphs
+            if not graphs:  # asked so, since networks of one kind share their graphs
                 self._tell_plain()
-        elif self._decided and self._graphs:
+        elif self._decided and self._graphs and graphs <= len(self._graphs):
             self._consider_rest()
         return result
 

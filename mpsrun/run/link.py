@@ -68,7 +68,8 @@ class Link:
     """One worker process. Sends are ordered by the caller's lock.
 
     States: *coming* (no Ready yet), *up* (started), *lost* (what it owes is the stand-in's). There is no way back:
-    a process that takes its place, of the next `generation`, has a link of its own. `is_last`: none will.
+    a process that takes its place, of the next `generation`, has a link of its own. `is_last`: none will. `called`:
+    whether it was told to start.
     `no_memory`: by layout, what the worker said where it had no memory for it. `recorded`: by relay, why it could not
     be recorded, None where it was.
     """
@@ -79,7 +80,7 @@ class Link:
         self.progress = progress  # the counter with the last step of a replay that it has finished
         self.generation = generation
         self.pid: int | None = None
-        self.started = False
+        self.called = self.started = False
         self.lost: str | None = None
         self.is_last = False
         self.is_ended = False  # by the lead
@@ -118,6 +119,11 @@ class Link:
         """The worker has opened its device."""
         self.started = True
         self._moved_s = time.monotonic()
+
+    def is_late(self, limit_s: float) -> bool:
+        """Whether it has not come, or not started, within so many seconds."""
+        awaited = not self.started if self.called else self.pid is None
+        return awaited and time.monotonic() - self.since_s > limit_s
 
     def exited(self) -> bool:
         """Whether the process has ended."""

@@ -46,6 +46,7 @@ class Pool:
         counters = self._counters.handle
         ring = self._channel.ring_of(link.index)
         numbers = SUBMITTED, link.done, STEP, link.progress
+        link.called, link.since_s = True, time.monotonic()
         link.send(m.Start(m.PROTOCOL, self._device.kind, index, counters, *numbers, threads, ring))
 
     def replace(self, heir: Link) -> Link:
@@ -64,9 +65,10 @@ class Pool:
         return former
 
     def tell(self, message: m.ToWorker) -> None:
-        """Send every worker the same."""
+        """Send every worker that was told to start the same."""
         for link in self.links:
-            link.send(message)
+            if link.called:
+                link.send(message)
 
     @property
     def compiles(self) -> bool:

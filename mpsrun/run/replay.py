@@ -93,7 +93,10 @@ class Body:
         self._gradients = self._follow(args)
         self._saved = [*self._gradients.saved]
         unread = {*subject.plain.written} - {*subject.evolving} | {*self._saved}
-        self._read = [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor) and i not in unread]
+        read = [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor) and i not in unread]
+        own = [i for i in read if i in subject.statics and not args[i].is_inference()]
+        self._versioned = [*self._saved, *own]
+        self._maybe_versioned = [i for i in read if i not in own]
         self._before: dict[int, torch.Tensor] = {}
         self._needs: dict[tuple[int, ...], tuple[Sequence[int], Sequence[int]]] = {}
         self._outputs: list[torch.Tensor] = []
@@ -215,7 +218,8 @@ class Body:
 
     def _versions(self, args: Sequence[Any]) -> list[int]:
         """Of what backward reads again, then of what only forward has read, which may be inference tensors."""
-        return versions_of(args, self._saved) + [0 if args[i].is_inference() else args[i]._version for i in self._read]
+        given = [args[i] for i in self._maybe_versioned]
+        return versions_of(args, self._versioned) + [0 if arg.is_inference() else arg._version for arg in given]
 
     def _needed(self, present: tuple[int, ...]) -> tuple[Sequence[int], Sequence[int]]:
         """The arguments that backward reads for these outputs, and where their versions are."""
@@ -250,7 +254,8 @@ class Body:
         plain, args = self._subject.plain, call.args
         if args is None:
             raise RuntimeError("mpsrun: a call that is over")
-        pairs = zip([*self._saved, *self._read], self._versions(args), call.versions, strict=True)
+        places = [*self._versioned, *self._maybe_versioned]
+        pairs = zip(places, self._versions(args), call.versions, strict=True)
         changed = [i for i, version, former in pairs if version != former]
         if call.generation != self._generation:
             changed += self._subject.evolving

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,17 +23,25 @@ from mpsrun.wire import messages as m
 class Setup:
     """Has workers prepare crossings: `Load` (the program), `Bind` (parameters and buffers), `Prepare` (the layout).
 
-    lock: the coordinator's. links: those that there are now. binds: how often workers were bound to other memory.
+    lock: the coordinator's. links: those that there are now. begin: has them start, once. binds: how often workers were
+    bound to other memory.
     """
 
     def __init__(
-        self, settings: Config, device: Device, lock: threading.RLock, links: Sequence[Link], watcher: Watcher
+        self,
+        settings: Config,
+        device: Device,
+        lock: threading.RLock,
+        links: Sequence[Link],
+        watcher: Watcher,
+        begin: Callable[[], None],
     ) -> None:
         self._settings = settings
         self._device = device
         self._lock = lock
         self._links = links
         self._watcher = watcher
+        self._begin = begin
         self.binds = 0
 
     def prepare(self, crossing: Crossing, args: Sequence[Any]) -> None:
@@ -88,6 +96,7 @@ class Setup:
                 self._bind(share, tensors)
 
     def _introduce(self, crossing: Crossing, shares: Sequence[Share], args: Sequence[Any]) -> None:
+        self._begin()
         for share in shares:
             share.link.send(m.Load(share.job, share.program))
         self.bind(crossing, args)

@@ -175,6 +175,8 @@ class Planner:
         special.candidates = self.candidates(usable)
         if not self._options.forced:
             entry = plans.cache().load(key)
+            if entry is None and owner is not None and any(c.plan.workers for c in special.candidates):
+                owner.begin()  # while branches are timed
             special.branch_us = self._branch_us(special, entry, args)
             special.candidates = self._affordable(self.candidates(usable, special.branch_us), owner)
             special.tuning = self._tuning(special, owner, entry)

@@ -201,7 +201,7 @@ class Watcher:
                 self._expect_heir(link)
         elif link.exited():
             self._lose(link, f"process {link.pid} ended", None)
-        elif not link.started and time.monotonic() - link.since_s > self._settings.start_s:
+        elif link.is_late(self._settings.start_s):
             self._lose(link, "it did not start", None)
 
     def _see_off(self, link: Link) -> None:

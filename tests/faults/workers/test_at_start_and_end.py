@@ -1,5 +1,7 @@
 """Faults of workers that are not there yet, and of workers that are told to end."""
 
+import os
+import signal
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -52,6 +54,23 @@ def test_at_the_start(
     told = capfd.readouterr().err
     for worker in everybody:
         assert told.count(f"worker {worker} is out") == 1
+
+
+def test_workers_start_when_a_region_needs_them(orders: Orders) -> None:
+    """Until then they open no device, also one that came in the place of another."""
+    coordinator = pool.start(settings(2), begin=False)
+    first = coordinator.links[0]
+    assert first.pid is not None
+    os.kill(first.pid, signal.SIGKILL)
+    pool.wait_until(lambda: first.lost is not None, BACK_S)
+    pool.wait_until(lambda: (coordinator.admit(), coordinator.links[0].generation == 1)[1], BACK_S)
+    coordinator.trim()
+    assert coordinator.counts() == {}
+    assert not any(link.called or link.started for link in coordinator.links)
+    training = Training(coordinator)
+    training.steps_until(lambda: training.works_in(1, 1) and training.works_in(2, 0), BACK_S)
+    training.assert_undisturbed()
+    pool.stop()
 
 
 @pytest.mark.parametrize(
