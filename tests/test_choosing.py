@@ -23,6 +23,7 @@ from mpsrun.plan.planfile import PlanFile
 from mpsrun.run import explain, lower, plans, report, special, tuning
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.link import Link
+from mpsrun.run.recorder import Repeater
 from mpsrun.wire.messages import Prepare
 
 MOST_STEPS = 900  # until the workers are ready, which takes as long as it takes, a script runs plainly
@@ -90,6 +91,40 @@ def test_two_calls_before_a_backward_are_one_step(tuned: Coordinator, monkeypatc
     assert len(clock.names) <= steps <= tuner.MAX_STEPS
     (kept,) = plans._saved.graphs.values()
     assert "worker 1" in str(kept.plan)
+
+
+def test_what_can_be_captured_needs_no_workers(tuned: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(special.Planner, "_may_capture", True)
+    monkeypatch.setattr(Coordinator, "begin", lambda _coordinator: pytest.fail("workers were told to start"))
+    clock = Timed(monkeypatch, {"serial": 1000.0, "captured": 500.0})
+    plan, _ = until_decided(both())
+    assert plan.startswith("captured")
+    assert {*clock.names} == {"serial", "captured"}
+
+
+def test_workers_are_tried_where_it_cannot_be_captured(
+    tuned: Coordinator, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing shows that before it is tried; the next run knows."""
+    monkeypatch.setattr(special.Planner, "_may_capture", True)
+
+    def refused(_recorder: Repeater, _function: object, _forward: object = None) -> object:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(Repeater, "record", refused)
+    clock = Timed(monkeypatch, {"serial": 1000.0, "workers, 3 lanes": 500.0})
+    plan, _ = until_decided(both())
+    assert "worker 1" in plan
+    assert {"serial", "workers, 3 lanes"} <= {*clock.names}
+    assert capfd.readouterr().err.count("cannot be captured, it runs uncaptured (RuntimeError: planted)") == 1
+    monkeypatch.setattr(plans, "_saved", PlanFile())
+    torch._dynamo.reset()
+    clock.names.clear()
+    sides = both()
+    train(sides, 4)
+    (kept,) = plans._saved.graphs.values()
+    assert (str(kept.plan), clock.names) == (plan, [])
+    assert "captured" not in capfd.readouterr().err
 
 
 def test_what_other_candidates_needed_is_given_back(tuned: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:

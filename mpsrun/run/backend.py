@@ -80,6 +80,7 @@ class Graph:
         self._options = options
         self._misses = 0
         self._rested = False
+        self._uncaptured: set[tuple[Any, ...]] = set()
         self._specials: dict[tuple[Any, ...], Special] = {}
         self.summary = report.Graph()
         self.analysis: Analysis | None = None
@@ -188,7 +189,16 @@ class Graph:
         result = self._gm.forward(*args) if variant is None or variant.is_plain else self._on_lanes(variant, args)
         if special.tuning is not None:
             special.tuning.called(result)
+            if variant is not None and variant.gave_up:
+                self._plan_anew(key)
         return result
+
+    def _plan_anew(self, key: tuple[Any, ...]) -> None:
+        """Plan for lanes that are not captured, which these sizes had no need of so far."""
+        self._uncaptured.add(key)
+        special = self._specials.pop(key, None)
+        if special is not None:
+            self.summary.undecided.discard(special.description)
 
     def _on_lanes(self, variant: Variant, args: tuple[Any, ...]) -> Any:
         try:
@@ -286,7 +296,9 @@ class Graph:
         while len(self._specials) >= MOST_SPECIALS:
             del self._specials[next(iter(self._specials))]
         try:
-            special = self._specials[key] = self._planner.special(self._coordinator, args, observer.observation)
+            special = self._specials[key] = self._planner.special(
+                self._coordinator, args, observer.observation, key not in self._uncaptured
+            )
             if special.tuning is None:
                 self._make_now(maker, special, args)
         except Exception as error:  # noqa: BLE001 - see _give_up

@@ -54,6 +54,11 @@ class Captured:
         self._bumps: dict[int, int] = {}  # by argument, how many versions it gains in a call
         self._lock = threading.Lock()  # two threads cannot have their activations in one place
 
+    @property
+    def gave_up(self) -> bool:
+        """Whether it will never record again."""
+        return not self._most
+
     def __call__(self, *args: Any) -> Any:
         if not self._lock.acquire(blocking=False):
             return self._run(*args)

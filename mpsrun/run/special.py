@@ -117,8 +117,14 @@ class Planner:
         """Whether workers may compile their branches: the user lets them, and results may differ by rounding."""
         return config.current().compile_branches and not _wants_same_bits()
 
-    def candidates(self, workers: Sequence[int], branch_us: _BranchUs | None = None) -> tuple[Candidate, ...]:
-        """The plans to choose from with these workers; a forced lane leaves no choice."""
+    def candidates(
+        self, workers: Sequence[int], branch_us: _BranchUs | None = None, captures: bool = True
+    ) -> tuple[Candidate, ...]:
+        """The plans to choose from with these workers; a forced lane leaves no choice.
+
+        A graph that can be captured has no need of workers, which then take no memory: branches on streams in one
+        recording were faster on every network that was measured. `captures`: whether it may be, as far as is known.
+        """
         costs, workers = Costs(MACHINES[self._kind], branch_us or {}), list(workers)[: self._options.workers]
         if self._options.lanes == "captured" and self.captures:
             return (forced_captured(self._regions, costs),)
@@ -128,14 +134,15 @@ class Planner:
             return (forced_streams(self._regions, costs),)
         if self._options.forced:
             return (self._maybe_compiled(forced(self._regions, workers, costs)),)
+        captures = captures and self.captures
         # Random numbers of branches are not captured: it would be the uncaptured plan once more.
-        with_workers = self.captures and not any(self._draws(region) for region in self._regions)
+        with_workers = captures and not any(self._draws(region) for region in self._regions)
         return candidates(
             self._regions,
-            workers,
+            [] if captures and not self.compiles else workers,
             costs,
             self.has_streams,
-            captures=self.captures,
+            captures=captures,
             captures_workers=with_workers,
             has_shares=self.has_shares,
             tunes=self.tunes,
@@ -149,8 +156,13 @@ class Planner:
         facts = self._effects.facts
         return any(facts[node].random for branch in region.branches for node in branch.nodes)
 
-    def special(self, owner: Coordinator | None, args: Sequence[Any], seen: Observation) -> Special:
-        """The plans for the sizes of these arguments: one that is forced or pinned, or several to tune."""
+    def special(
+        self, owner: Coordinator | None, args: Sequence[Any], seen: Observation, captures: bool = True
+    ) -> Special:
+        """The plans for the sizes of these arguments: one that is forced or pinned, or several to tune.
+
+        captures: not where these sizes were seen to be impossible to capture.
+        """
         usable = owner.usable() if owner is not None else []
         key = plans.key_of(self._gm, args, self._kind, len(usable))
         special = Special(describe(args), seen, (), key, owner.epoch if owner is not None else 0)
@@ -175,12 +187,21 @@ class Planner:
         special.candidates = self.candidates(usable)
         if not self._options.forced:
             entry = plans.cache().load(key)
+            captures = captures and not self._was_impossible(entry, usable)
+            special.candidates = self.candidates(usable, captures=captures)
             if entry is None and owner is not None and any(c.plan.workers for c in special.candidates):
                 owner.begin()  # while branches are timed
             special.branch_us = self._branch_us(special, entry, args)
-            special.candidates = self._affordable(self.candidates(usable, special.branch_us), owner)
+            special.candidates = self._affordable(self.candidates(usable, special.branch_us, captures), owner)
             special.tuning = self._tuning(special, owner, entry)
         return special
+
+    def _was_impossible(self, entry: Entry | None, usable: Sequence[int]) -> bool:
+        """Whether an earlier run could not capture it, as a plan shows that is none of those to choose from else."""
+        if entry is None:
+            return False
+        with_it, without = (self.candidates(usable, entry.branch_us, captures) for captures in (True, False))
+        return _knows(without, entry) and not _knows(with_it, entry)
 
     def _branch_us(self, special: Special, entry: Entry | None, args: Sequence[Any]) -> _BranchUs:
         """What an earlier run measured, which leads to the same candidates again, or what is measured now."""
@@ -242,6 +263,10 @@ class Planner:
         branch_us = {index: tuple(us) for index, us in special.branch_us.items()}
         entry = Entry(candidate=candidate.name, plan=str(candidate.plan), medians_us=medians_us, branch_us=branch_us)
         plans.cache().store(special.key, entry)
+
+
+def _knows(found: Sequence[Candidate], entry: Entry) -> bool:
+    return any(str(candidate.plan) == entry.plan for candidate in found)
 
 
 def _wants_same_bits() -> bool:

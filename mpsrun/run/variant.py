@@ -58,6 +58,11 @@ class Variant:
         """Whether a region of it runs in the lead since a worker had no memory for it."""
         return bool(self._short)
 
+    @property
+    def gave_up(self) -> bool:
+        """Whether it was to be captured, and cannot be."""
+        return isinstance(self.run, Captured) and self.run.gave_up
+
     def is_ready(self) -> bool:
         """Whether every worker has prepared its part, once."""
         if not self.ready:
