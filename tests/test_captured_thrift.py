@@ -224,6 +224,58 @@ def test_a_backward_that_is_recorded_in_no_way(made: list[Captured], monkeypatch
     assert made[0].replays == 1
 
 
+class Shifted(Counting):
+    """Reads that buffer only in forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps.add_(1)
+        return self.head(self.body(x)) + self.steps
+
+
+def stepped_twice(model: nn.Module) -> Tensor:
+    first, second = model(inputs(2)), model(inputs(3))
+    loss = (first * second).sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    return first
+
+
+def penalised(model: nn.Module) -> Tensor:
+    x = inputs(2).requires_grad_()
+    first, second = model(x), model(inputs(3))
+    (slope,) = torch.autograd.grad(first.square().sum(), x, create_graph=True)
+    (slope.square().sum() + second.sum()).backward()
+    return first
+
+
+@pytest.mark.parametrize("use", [stepped_twice, penalised])
+def test_a_second_call_that_changes_what_the_first_one_has_read(bodies: list[Thrift], use: Use) -> None:
+    """Each recording keeps what its forward has found in a buffer; to compute the forward anew it takes that."""
+
+    pair = Pair(on_captured, Shifted, calls=0)
+    for _ in range(10):
+        pair.both(two_forwards)
+    assert ALL in bodies
+    for _ in range(3):
+        pair.both(use)
+
+
+def test_a_second_recording_that_fails_does_not_harm_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU older recordings are not to be replayed after that."""
+
+    pair = Pair(on_captured, Shifted, calls=4)
+    record = Repeater.record
+
+    def failing(self: Repeater, function: Callable[[], Any], forward: Recording | None = None) -> Recording:
+        if forward is None:
+            monkeypatch.setattr(Repeater, "era", Repeater.era + 1)
+            raise torch.OutOfMemoryError("in a capture")
+        return record(self, function, forward)
+
+    monkeypatch.setattr(Repeater, "record", failing)
+    pair.both(two_forwards)
+
+
 class Overwriting:
     """As a GPU records: each replay has its results in the same tensors, and the next forward writes over gradients."""
 

@@ -21,6 +21,7 @@ from mpsrun import config
 from mpsrun.plan import tuner
 from mpsrun.plan.planfile import PlanFile
 from mpsrun.run import explain, lower, plans, report, special, tuning
+from mpsrun.run.captured import Captured
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.link import Link
 from mpsrun.run.recorder import Repeater
@@ -125,6 +126,80 @@ def test_workers_are_tried_where_it_cannot_be_captured(
     (kept,) = plans._saved.graphs.values()
     assert (str(kept.plan), clock.names) == (plan, [])
     assert "captured" not in capfd.readouterr().err
+
+
+def test_one_recording_that_fails_leaves_the_others(tuned: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(special.Planner, "_may_capture", True)
+    monkeypatch.setattr(special.Planner, "has_streams", True)
+    rooms: list[object] = []
+
+    def full_once(recorder: Repeater) -> None:
+        rooms.append(recorder)
+        if len(rooms) == 2:
+            raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(Repeater, "make_room", full_once)
+    Timed(monkeypatch, {"serial": 1000.0, "captured": 400.0, "captured streams": 450.0, "workers, 3 lanes": 300.0})
+    plan, _ = until_decided(both())
+    assert plan.startswith("captured")
+    assert len(rooms) >= 2
+
+
+def test_a_lack_of_memory_is_not_for_other_runs(tuned: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tuned without what there was no room for once, and with it when there is."""
+    monkeypatch.setattr(special.Planner, "_may_capture", True)
+    Timed(monkeypatch, {"serial": 700.0, "captured": 500.0, "workers, 3 lanes": 600.0})
+
+    def full(_recorder: Repeater) -> None:
+        raise torch.OutOfMemoryError("planted")
+
+    found = []
+    for is_full in (True, False, True):
+        monkeypatch.setattr(plans, "_saved", PlanFile())
+        torch._dynamo.reset()
+        with monkeypatch.context() as patch:
+            if is_full:
+                patch.setattr(Repeater, "make_room", full)
+            found.append(until_decided(both())[0])
+    assert "worker 1" in found[0]
+    assert found[1].startswith("captured")
+    assert found[2] == found[1], "it was decided on before, and runs on its streams"
+
+
+def test_plans_that_failed_leave_nothing(tuned: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even until the garbage is collected: their recordings are gigabytes."""
+    monkeypatch.setattr(special.Planner, "_may_capture", True)
+    made: list[weakref.ref[Captured]] = []
+    failures: list[Exception] = []
+    make, give_up = Captured.__init__, Captured._give_up
+
+    def noted(self: Captured, *args: Any) -> None:
+        make(self, *args)
+        made.append(weakref.ref(self))
+
+    def gave_up(self: Captured, error: Exception) -> None:
+        give_up(self, error)
+        failures.append(error)
+
+    def refused(_recorder: Repeater, _function: object, _forward: object = None) -> object:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(Captured, "__init__", noted)
+    monkeypatch.setattr(Captured, "_give_up", gave_up)
+    monkeypatch.setattr(Repeater, "record", refused)
+    Timed(monkeypatch, {"serial": 1000.0})
+    sides = both()
+    gc.collect()
+    gc.disable()
+    try:
+        while not failures:
+            train(sides, 1)
+            assert not plans._saved.graphs, "it cannot be captured"
+        train(sides, 2)
+        assert made
+        assert [ref() for ref in made] == [None] * len(made)
+    finally:
+        gc.enable()
 
 
 def test_what_other_candidates_needed_is_given_back(tuned: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:

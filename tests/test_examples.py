@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,7 +36,12 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def marked(case: Example) -> Any:
+    """All but the first are slow."""
+    return pytest.param(case, id=case.name, marks=() if case is CASES[0] else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("case", map(marked, CASES))
 @pytest.mark.timeout(2 * RUN_S + 60)
 def test_same_losses_under_mpsrun(case: Example) -> None:
     for package in case.packages:

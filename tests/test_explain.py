@@ -221,6 +221,7 @@ print("the script's last line")
 """
 
 
+@pytest.mark.slow
 def test_the_command_line(runner: Runner) -> None:  # noqa: F811
     script = runner.script(SCRIPT)
     done = runner.mpsrun("explain", script, "4")

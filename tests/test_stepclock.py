@@ -121,11 +121,26 @@ def test_a_call_without_a_backward_to_come_is_a_step() -> None:
 
 
 def test_a_backward_that_never_comes_is_not_waited_for() -> None:
+    """Each call is a step then."""
     clock, model = StepClock("cpu"), nn.Linear(3, 3)
     kept, steps = [], 0
-    for _ in range(3 * MOST_CALLS):
+    for _ in range(MOST_CALLS + 10):
         if not clock.is_amid():
             clock.start(0)
             steps += 1
         kept.append(call(clock, model))
+    assert steps == 10
+
+
+def test_many_calls_before_a_backward_are_one_step() -> None:
+    clock, model = StepClock("cpu"), nn.Linear(3, 3)
+    steps = 0
+    for _ in range(3):
+        outputs = []
+        for _ in range(40):
+            if not clock.is_amid():
+                clock.start(0)
+                steps += 1
+            outputs.append(call(clock, model))
+        torch.stack(outputs).sum().backward()
     assert steps == 3

@@ -44,11 +44,18 @@ class OutOfMemory:
 
 
 @dataclass(frozen=True)
+class NotCaptured:
+    """A candidate that was to be captured cannot be."""
+
+    candidate: int
+
+
+@dataclass(frozen=True)
 class BudgetSpent:
     """Tuning has taken as long as it may; decide with what is there."""
 
 
-Event = StepTimed | WorkerLost | OutOfMemory | BudgetSpent
+Event = StepTimed | WorkerLost | OutOfMemory | NotCaptured | BudgetSpent
 
 
 @dataclass(frozen=True)
@@ -262,6 +269,10 @@ def _out_of_memory(state: State, event: OutOfMemory) -> tuple[State, Actions]:
     return _rule_out(state, [event.candidate], f"no memory for {state.candidates[event.candidate].name}")
 
 
+def _not_captured(state: State, event: NotCaptured) -> tuple[State, Actions]:
+    return _rule_out(state, [event.candidate], f"{state.candidates[event.candidate].name} cannot be captured")
+
+
 def _rule_out(state: State, indexes: Sequence[int], why: str) -> tuple[State, Actions]:
     """Never use these again; serial, which needs nothing, stays."""
     out = state.out | (set(indexes) - {state.serial})
@@ -287,9 +298,11 @@ _HANDLERS: dict[tuple[Phase, type], Callable[..., tuple[State, Actions]]] = {
     (Phase.TUNING, StepTimed): _step_timed,
     (Phase.TUNING, WorkerLost): _worker_lost,
     (Phase.TUNING, OutOfMemory): _out_of_memory,
+    (Phase.TUNING, NotCaptured): _not_captured,
     (Phase.TUNING, BudgetSpent): _budget_spent,
     (Phase.DECIDED, StepTimed): _ignore,
     (Phase.DECIDED, WorkerLost): _worker_lost,
     (Phase.DECIDED, OutOfMemory): _out_of_memory,
+    (Phase.DECIDED, NotCaptured): _not_captured,
     (Phase.DECIDED, BudgetSpent): _ignore,
 }

@@ -80,7 +80,7 @@ class Graph:
         self._options = options
         self._misses = 0
         self._rested = False
-        self._uncaptured: set[tuple[Any, ...]] = set()
+        self._failures: dict[tuple[Any, ...], Exception | None] = {}
         self._specials: dict[tuple[Any, ...], Special] = {}
         self.summary = report.Graph()
         self.analysis: Analysis | None = None
@@ -189,16 +189,24 @@ class Graph:
         result = self._gm.forward(*args) if variant is None or variant.is_plain else self._on_lanes(variant, args)
         if special.tuning is not None:
             special.tuning.called(result)
-            if variant is not None and variant.gave_up:
-                self._plan_anew(key)
+            if variant is not None and variant.failure is not None and not special.tuning.is_decided:
+                self._do_without(variant, special, special.tuning, key)
         return result
 
-    def _plan_anew(self, key: tuple[Any, ...]) -> None:
-        """Plan for lanes that are not captured, which these sizes had no need of so far."""
-        self._uncaptured.add(key)
-        special = self._specials.pop(key, None)
-        if special is not None:
+    def _do_without(self, variant: Variant, special: Special, tuning: Tuning, key: tuple[Any, ...]) -> None:
+        """A plan that is being tried cannot be captured: try the others, or plan anew where none is captured.
+
+        One that was decided on before goes on with its streams.
+        """
+        failed = {i for i, made in special.variants.items() if made.failure is not None}
+        if any(c.plan.captured and i not in failed for i, c in enumerate(special.candidates)):
+            for i in failed:
+                tuning.not_captured(i)
+        elif self._specials.pop(key, None) is special:
+            self._failures[key] = variant.failure
             self.summary.undecided.discard(special.description)
+            special.variants.clear()  # with their recordings, which would else wait for the garbage collector
+            special.tuning = None
 
     def _on_lanes(self, variant: Variant, args: tuple[Any, ...]) -> Any:
         try:
@@ -297,7 +305,7 @@ class Graph:
             del self._specials[next(iter(self._specials))]
         try:
             special = self._specials[key] = self._planner.special(
-                self._coordinator, args, observer.observation, key not in self._uncaptured
+                self._coordinator, args, observer.observation, self._failures.get(key)
             )
             if special.tuning is None:
                 self._make_now(maker, special, args)

@@ -29,7 +29,7 @@ from mpsrun.run.subject import Subject
 MOST_RECORDINGS = 4
 # More than the tuner takes with one plan, so that it does not time a recording.
 STEPS_BEFORE_THRIFT = 32
-# Each of them keeps the activations of a call.
+# Each of them keeps the activations of a call or more.
 MOST_RECORDED = 8
 MOST_AT_ONCE = 4  # calls whose backward is yet to come
 MOST_IDLE = 64  # replays of others, after which a recording is dropped: calls do not overlap any more
@@ -38,12 +38,14 @@ MOST_IDLE = 64  # replays of others, after which a recording is dropped: calls d
 class Captured:
     """A lowered graph, called like `run`, with which it starts and to which it goes back where it must.
 
-    replays: how many calls were replayed. thrift: what is recorded with.
+    replays: how many calls were replayed. thrift: what is recorded with. failure: why it will never be recorded again,
+    if so.
     """
 
     def __init__(self, subject: Subject, run: Callable[..., Any], recorder: Recorder) -> None:
         self.replays = 0
         self.thrift = Thrift(False, False)
+        self.failure: Exception | None = None
         self._subject, self._run, self._recorder = subject, run, recorder
         self._may_save = not recorder.has_workers
         self._may_lend = True
@@ -53,11 +55,6 @@ class Captured:
         self._settings: Settings | None = None  # those of the last call that ran as it is
         self._bumps: dict[int, int] = {}  # by argument, how many versions it gains in a call
         self._lock = threading.Lock()  # two threads cannot have their activations in one place
-
-    @property
-    def gave_up(self) -> bool:
-        """Whether it will never record again."""
-        return not self._most
 
     def __call__(self, *args: Any) -> Any:
         if not self._lock.acquire(blocking=False):
@@ -140,7 +137,7 @@ class Captured:
         self._may_save, self.thrift = False, Thrift(False, False)
 
     def _give_up(self, error: Exception) -> None:
-        self._bodies, self._most = [], 0
+        self._bodies, self._most, self.failure = [], 0, error.with_traceback(None)
         self._subject.recorded.discard(self)
         reason = str(error).strip().partition("\n")[0]
         log.say(f"a network cannot be captured, it runs uncaptured ({type(error).__name__}: {reason})")

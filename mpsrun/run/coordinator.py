@@ -67,6 +67,8 @@ class Coordinator:
         self.crowded = False  # several threads call networks: between two ops of one, another may bind
         self.closed = self._has_begun = False
         self._watcher.start()
+        if settings.mps == "on":  # which is checked once workers have started
+            self.begin()
 
     def begin(self) -> None:
         """Have all workers open their devices, which takes memory: once, when the first of them is needed."""

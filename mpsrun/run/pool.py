@@ -46,7 +46,8 @@ class Pool:
         counters = self._counters.handle
         ring = self._channel.ring_of(link.index)
         numbers = SUBMITTED, link.done, STEP, link.progress
-        link.called, link.since_s = True, time.monotonic()
+        link.since_s = time.monotonic()  # first: the watching thread may look in between
+        link.called = True
         link.send(m.Start(m.PROTOCOL, self._device.kind, index, counters, *numbers, threads, ring))
 
     def replace(self, heir: Link) -> Link:

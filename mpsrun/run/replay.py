@@ -256,15 +256,16 @@ class Body:
             raise RuntimeError("mpsrun: a call that is over")
         places = [*self._versioned, *self._maybe_versioned]
         pairs = zip(places, self._versions(args), call.versions, strict=True)
-        changed = [i for i, version, former in pairs if version != former]
-        if call.generation != self._generation:
+        is_last = call.generation == self._generation
+        before = self._before if is_last else {}
+        changed = [i for i, version, former in pairs if version != former and i not in before]
+        if not is_last:
             changed += self._subject.evolving
         if changed:
             raise RuntimeError(
                 f"mpsrun must compute forward anew for this backward, but {plain.names[changed[0]]} was changed since; "
                 "ask for this backward before that, keep graphs from the first step on, or use --lanes streams"
             )
-        before = self._before
         values = [before.get(i, arg).clone() if i in plain.written else arg for i, arg in enumerate(args)]
         # Forward happened outside of whatever transform backward is under.
         with temporarily_clear_interpreter_stack(), applied(self._state):

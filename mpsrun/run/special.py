@@ -11,6 +11,7 @@ from torch import fx
 
 from mpsrun import config, log
 from mpsrun.device.shares import shares
+from mpsrun.errors import NotShippable
 from mpsrun.graph.effects import Effects
 from mpsrun.graph.regions import Region
 from mpsrun.plan import memory
@@ -45,8 +46,9 @@ class Special:
 
     candidates: the plans that it may run under, with `variants` of those that were made. tuning: chooses between them;
     None where there is only one. epoch: how many workers were lost when that one was planned. branch_us: by region
-    index, the measured times of its branches alone. whole_under: what `Coordinator.stirs` was when all variants could
-    run, which then need not be looked at in each of the steps that are compared.
+    index, the measured times of its branches alone. captures: whether it may be captured, as far as is known.
+    is_lasting: whether what is chosen is for other runs, too. whole_under: what `Coordinator.stirs` was when all
+    variants could run, which then need not be looked at in each of the steps that are compared.
     """
 
     description: str
@@ -57,6 +59,8 @@ class Special:
     tuning: Tuning | None = None
     variants: dict[int, Variant] = field(default_factory=dict)
     branch_us: _BranchUs = field(default_factory=dict)
+    captures: bool = True
+    is_lasting: bool = True
     whole_under: tuple[int, ...] | None = None
 
 
@@ -157,11 +161,11 @@ class Planner:
         return any(facts[node].random for branch in region.branches for node in branch.nodes)
 
     def special(
-        self, owner: Coordinator | None, args: Sequence[Any], seen: Observation, captures: bool = True
+        self, owner: Coordinator | None, args: Sequence[Any], seen: Observation, failure: Exception | None = None
     ) -> Special:
         """The plans for the sizes of these arguments: one that is forced or pinned, or several to tune.
 
-        captures: not where these sizes were seen to be impossible to capture.
+        failure: why they could not be captured in this run, if so.
         """
         usable = owner.usable() if owner is not None else []
         key = plans.key_of(self._gm, args, self._kind, len(usable))
@@ -187,21 +191,15 @@ class Planner:
         special.candidates = self.candidates(usable)
         if not self._options.forced:
             entry = plans.cache().load(key)
-            captures = captures and not self._was_impossible(entry, usable)
-            special.candidates = self.candidates(usable, captures=captures)
+            special.captures = failure is None and (entry is None or entry.captures)
+            special.is_lasting = failure is None or _is_lasting(failure)
+            special.candidates = self.candidates(usable, captures=special.captures)
             if entry is None and owner is not None and any(c.plan.workers for c in special.candidates):
                 owner.begin()  # while branches are timed
             special.branch_us = self._branch_us(special, entry, args)
-            special.candidates = self._affordable(self.candidates(usable, special.branch_us, captures), owner)
+            special.candidates = self._affordable(self.candidates(usable, special.branch_us, special.captures), owner)
             special.tuning = self._tuning(special, owner, entry)
         return special
-
-    def _was_impossible(self, entry: Entry | None, usable: Sequence[int]) -> bool:
-        """Whether an earlier run could not capture it, as a plan shows that is none of those to choose from else."""
-        if entry is None:
-            return False
-        with_it, without = (self.candidates(usable, entry.branch_us, captures) for captures in (True, False))
-        return _knows(without, entry) and not _knows(with_it, entry)
 
     def _branch_us(self, special: Special, entry: Entry | None, args: Sequence[Any]) -> _BranchUs:
         """What an earlier run measured, which leads to the same candidates again, or what is measured now."""
@@ -216,8 +214,8 @@ class Planner:
     def _affordable(self, found: tuple[Candidate, ...], owner: Coordinator | None) -> tuple[Candidate, ...]:
         if self._kind != "cuda":
             return found
-        started = [link.index for link in owner.links if link.started] if owner is not None else []
-        return memory.affordable(found, self._regions, torch.cuda.mem_get_info()[0], started)
+        called = [link.index for link in owner.links if link.called] if owner is not None else []
+        return memory.affordable(found, self._regions, torch.cuda.mem_get_info()[0], called)
 
     def _tuning(self, special: Special, owner: Coordinator | None, entry: Entry | None) -> Tuning:
         epoch, is_first = special.epoch, True
@@ -227,7 +225,7 @@ class Planner:
             self._summary.undecided.discard(special.description)
             self._chosen(special, chosen)
             # what a lost worker left to choose from, and what a load made of it, is not for other runs
-            if tuning.is_home and (owner is None or owner.epoch == epoch):
+            if tuning.is_home and special.is_lasting and (owner is None or owner.epoch == epoch):
                 self._cache(special, chosen)
             if owner is not None and (is_first or tuning.is_short_of_memory):  # what only other candidates needed
                 owner.trim()
@@ -261,12 +259,19 @@ class Planner:
         candidate = special.candidates[chosen]
         medians_us = special.tuning.medians_us if special.tuning is not None else {}
         branch_us = {index: tuple(us) for index, us in special.branch_us.items()}
-        entry = Entry(candidate=candidate.name, plan=str(candidate.plan), medians_us=medians_us, branch_us=branch_us)
+        entry = Entry(
+            candidate=candidate.name,
+            plan=str(candidate.plan),
+            medians_us=medians_us,
+            branch_us=branch_us,
+            captures=special.captures,
+        )
         plans.cache().store(special.key, entry)
 
 
-def _knows(found: Sequence[Candidate], entry: Entry) -> bool:
-    return any(str(candidate.plan) == entry.plan for candidate in found)
+def _is_lasting(failure: Exception) -> bool:
+    """Whether what could not be captured never can be; memory and parameters that move are another run's affair."""
+    return not isinstance(failure, (torch.OutOfMemoryError, NotShippable))
 
 
 def _wants_same_bits() -> bool:

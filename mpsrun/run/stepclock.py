@@ -17,7 +17,7 @@ import torch
 Period = tuple[int, float]  # under which candidate, and microseconds
 
 MOST_AHEAD = 2  # steps that are launched and not through when another one begins, while plans are compared
-MOST_CALLS = 8  # in one step: a script may never ask for the backward
+MOST_CALLS = 256  # in one step; of a script that asks for no backward after these each call is a step
 NAP_S = 1e-4
 CATCH_UP_S = 30.0
 
@@ -36,11 +36,16 @@ class StepClock:
     def is_amid(self) -> bool:
         """Whether the call that begins now belongs to the step before: the backward of its last call is yet to come."""
         pending = self._pending()
-        return pending is not None and not pending.came and self._calls < MOST_CALLS
+        return pending is not None and not pending.came
 
     def called(self, results: Sequence[Any]) -> None:
         """A call has ended with these results."""
+        if self._calls > MOST_CALLS:
+            return
         self._calls += 1
+        if self._calls > MOST_CALLS:
+            self._pending = lambda: None
+            return
         pending = _Pending()
         for result in results:
             if isinstance(result, torch.Tensor) and result.grad_fn is not None:
@@ -49,7 +54,8 @@ class StepClock:
 
     def start(self, candidate: int) -> None:
         """A step begins, which runs under this candidate."""
-        self._calls = 0
+        if self._calls <= MOST_CALLS:
+            self._calls = 0
         now: Any = time.perf_counter()
         if self._is_cuda:
             now = torch.cuda.Event(enable_timing=True)

@@ -45,7 +45,7 @@ class Tuning:
         self._seen = 0  # samples
         self._state: adapt.State | None = None
         self._lost: set[int] = set()
-        self._short: set[int] = set()  # candidates that had no memory
+        self._ruled_out: set[int] = set()  # candidates
         self._last_call = 0
         self._last_step = 0
         self._gap = 0
@@ -108,11 +108,18 @@ class Tuning:
 
     def no_memory(self, candidate: int) -> None:
         """A worker had no memory for a candidate that was to be tried."""
-        if not self.is_decided and candidate not in self._short:
-            self._short.add(candidate)
+        self._rule_out(tuner.OutOfMemory(candidate))
+
+    def not_captured(self, candidate: int) -> None:
+        """A candidate that was to be tried cannot be captured."""
+        self._rule_out(tuner.NotCaptured(candidate))
+
+    def _rule_out(self, event: tuner.OutOfMemory | tuner.NotCaptured) -> None:
+        if not self.is_decided and event.candidate not in self._ruled_out:
+            self._ruled_out.add(event.candidate)
             self._clock.interrupt()
             self._start()
-            self._advance(tuner.OutOfMemory(candidate))
+            self._advance(event)
 
     def _start(self) -> None:
         if self._state is None:

@@ -59,9 +59,9 @@ class Variant:
         return bool(self._short)
 
     @property
-    def gave_up(self) -> bool:
-        """Whether it was to be captured, and cannot be."""
-        return isinstance(self.run, Captured) and self.run.gave_up
+    def failure(self) -> Exception | None:
+        """Why it cannot be captured any more, if it was to be."""
+        return self.run.failure if isinstance(self.run, Captured) else None
 
     def is_ready(self) -> bool:
         """Whether every worker has prepared its part, once."""

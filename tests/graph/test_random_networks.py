@@ -125,7 +125,7 @@ forked = 0
 
 
 @settings(
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     derandomize=True,
     phases=[Phase.generate],  # every example compiles a network: shrinking would take minutes

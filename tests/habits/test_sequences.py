@@ -15,7 +15,7 @@ from transparency import TOLERANCE, assert_same
 from benchmarks.habits import HABITS, Forking, Habit, Trainee
 from mpsrun.run.in_place import compile_in_place
 
-EXAMPLES, RULES = 15, 12
+EXAMPLES, RULES = 10, 12
 
 pytestmark = pytest.mark.usefixtures("workers", "nothing_kept")
 

@@ -138,6 +138,7 @@ def same(runner: Runner, text: str) -> bytes:
     return ours.stderr
 
 
+@pytest.mark.slow
 def test_after_training(runner: Runner) -> None:
     """Exported, traced, saved, copied, pickled, trained on, and a network that was made later."""
     assert ran_on_lanes(same(runner, AFTER_TRAINING))
@@ -148,6 +149,7 @@ def test_compiler_of_the_script(runner: Runner) -> None:
     assert same(runner, OWN_COMPILER).count(b"in place") == 1
 
 
+@pytest.mark.slow
 def test_odd_input(runner: Runner) -> None:
     said = same(runner, ODD_INPUT)
     assert ran_on_lanes(said)

@@ -157,7 +157,7 @@ def test_processes_find_main(runner: Runner, same: Same, method: str, as_module:
     assert b"\n[]" in done.stdout
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["fork", "spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
 def test_dataloader_workers(runner: Runner, method: str) -> None:
     runner.script(
         "import torch\n"

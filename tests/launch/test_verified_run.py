@@ -58,7 +58,10 @@ def test_a_fault_ends_the_script_with_status_4(runner: Runner) -> None:
     assert "Traceback" not in text
 
 
-@pytest.mark.parametrize("text", ["import torch", "import torch\nnet = torch.nn.Linear(2, 2)\nnet(torch.ones(1, 2))"])
+NO_BRANCHES = "import torch\nnet = torch.nn.Linear(2, 2)\nnet(torch.ones(1, 2))"
+
+
+@pytest.mark.parametrize("text", [NO_BRANCHES, pytest.param("import torch", marks=pytest.mark.slow)])
 def test_nothing_to_verify_is_said(runner: Runner, text: str) -> None:
     runner.script(text)
     done = runner.mpsrun("--verify", "2", "train.py")
