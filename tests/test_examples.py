@@ -41,7 +41,7 @@ def marked(case: Example) -> Any:
     return pytest.param(case, id=case.name, marks=() if case is CASES[0] else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("case", map(marked, CASES))
+@pytest.mark.parametrize("case", [marked(case) for case in CASES])
 @pytest.mark.timeout(2 * RUN_S + 60)
 def test_same_losses_under_mpsrun(case: Example) -> None:
     for package in case.packages:

@@ -1,5 +1,7 @@
 """Habits of whole scripts: the same output under `python` and on worker lanes, and the same one again."""
 
+import pytest
+
 from tests.launch.conftest import Runner
 
 NETWORK = """
