@@ -100,6 +100,16 @@ def test_it_starts_for_each_of_two_calls(bodies: list[Thrift], use: Use, thrift:
     assert bodies == [NONE, NONE, *thrift]
 
 
+def test_a_second_call_has_to_show_that_it_may(bodies: list[Thrift]) -> None:
+    pair = thrifty(bodies)
+    for _ in range(3):
+        pair.both(two_forwards)
+    assert bodies == [NONE, ALL, NONE]
+    for _ in range(3):
+        pair.both(two_forwards)
+    assert bodies == [NONE, ALL, NONE, ALL]
+
+
 @pytest.mark.parametrize("make", [three, Counting], ids=["three", "counting"])
 def test_a_kept_graph_ends_it(bodies: list[Thrift], made: list[Captured], make: Callable[[], nn.Module]) -> None:
     """The step in which that happens is computed anew, from what was there before it."""

@@ -31,6 +31,7 @@ MOST_RECORDINGS = 4
 STEPS_BEFORE_THRIFT = 32
 # Each of them keeps the activations of a call or more.
 MOST_RECORDED = 8
+NO_THRIFT = Thrift(frees=False, lends=False)
 MOST_AT_ONCE = 4  # calls whose backward is yet to come
 MOST_IDLE = 64  # replays of others, after which a recording is dropped: calls do not overlap any more
 
@@ -44,7 +45,7 @@ class Captured:
 
     def __init__(self, subject: Subject, run: Callable[..., Any], recorder: Recorder) -> None:
         self.replays = 0
-        self.thrift = Thrift(False, False)
+        self.thrift = NO_THRIFT
         self.failure: Exception | None = None
         self._subject, self._run, self._recorder = subject, run, recorder
         self._may_save = not recorder.has_workers
@@ -89,19 +90,20 @@ class Captured:
             return None
         self._moves += bool(stale) and body is None
         self._bodies = [body for body in self._bodies if body not in stale]
+        thrift = self.thrift if stale else NO_THRIFT  # what is not in the place of another has to show that it may
         del body, free, stale  # their memory is free for the next one
-        return self._recorded(args, settings)
+        return self._recorded(args, settings, thrift)
 
-    def _recorded(self, args: tuple[Any, ...], settings: Settings) -> Body | None:
+    def _recorded(self, args: tuple[Any, ...], settings: Settings, thrift: Thrift) -> Body | None:
         try:
             self._subject.recorded.add(self)
             if len(self._subject.recorded) > MOST_RECORDED:
                 raise NotShippable(f"{MOST_RECORDED} others of this graph are, for other sizes, modes and plans")
-            body = Body(self._subject, self._run, args, self._recorder, self._bumps, settings, self.thrift)
+            body = Body(self._subject, self._run, args, self._recorder, self._bumps, settings, thrift)
         except NotNow:
             return None
         except (RuntimeError, NotShippable) as error:
-            if self.thrift.frees:
+            if thrift.frees:
                 self._spend()
             elif self._bodies:  # there is no room for one more
                 self._most = len(self._bodies)
@@ -134,7 +136,7 @@ class Captured:
 
     def _spend(self) -> None:
         """No thrift any more."""
-        self._may_save, self.thrift = False, Thrift(False, False)
+        self._may_save, self.thrift = False, NO_THRIFT
 
     def _give_up(self, error: Exception) -> None:
         self._bodies, self._most, self.failure = [], 0, error.with_traceback(None)
