@@ -6,12 +6,23 @@ A CPU's recordings call the function anew: what is freed is seen here, memory th
 import copy
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from captures import Heads, Pair, gradient_penalty, inputs, kept_graph, noted, on_captured, step, three, two_forwards
+from captures import (
+    Heads,
+    Overwriting,
+    Pair,
+    gradient_penalty,
+    inputs,
+    kept_graph,
+    noted,
+    on_captured,
+    step,
+    three,
+    two_forwards,
+)
 from torch import Tensor, nn
 
 from mpsrun.run import captured, keeping, replay, report
@@ -284,39 +295,6 @@ def test_a_second_recording_that_fails_does_not_harm_the_first(monkeypatch: pyte
 
     monkeypatch.setattr(Repeater, "record", failing)
     pair.both(two_forwards)
-
-
-class Overwriting:
-    """As a GPU records: each replay has its results in the same tensors, and the next forward writes over gradients."""
-
-    era, has_workers = 0, False
-
-    def make_room(self) -> None:
-        """There is no pool."""
-
-    def record(self, function: Callable[[], Any], forward: "Overwritten | None" = None) -> "Overwritten":
-        return Overwritten(function, forward)
-
-
-class Overwritten:
-    def __init__(self, function: Callable[[], Any], forward: "Overwritten | None") -> None:
-        self._function, self._forward = function, forward
-        self._large: list[Tensor] = []  # that a backward of this forward has left
-
-    def replay(self) -> Any:
-        if self._forward is None:
-            for tensor in self._large:
-                tensor.data.fill_(torch.nan)
-            return self._function()
-        found = self._function()
-        own = [tensor for _, large in found.rows for tensor in large]
-        if not self._forward._large:
-            self._forward._large = own
-        for kept, new in zip(self._forward._large, own, strict=True):
-            kept.data.copy_(new)
-        left = iter(self._forward._large)
-        rows = tuple((small, [next(left) for _ in large]) for small, large in found.rows)
-        return replace(found, rows=rows)
 
 
 def drops(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], number: int) -> object:
