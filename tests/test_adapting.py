@@ -150,6 +150,15 @@ def assert_rests(sides: tuple[Trained, Trained], rests: bool = True) -> None:
     assert (backend.calls.entered == entered) == rests
 
 
+def resting(make: Callable[[], tuple[Trained, Trained]], monkeypatch: pytest.MonkeyPatch) -> tuple[Trained, Trained]:
+    """A network whose plain run was the fastest."""
+    Timed(monkeypatch, {"serial": 500.0})
+    sides = make()
+    until_decided(sides)
+    train(sides, 3)
+    return sides
+
+
 def test_a_plain_network_wakes_for_a_load(
     load: Load, as_launched: Callable[[], tuple[Trained, Trained]], said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,10 +207,7 @@ def test_a_plain_network_rests_again_where_nothing_can_be_tried(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The workers do not get ready for a trial in time."""
-    Timed(monkeypatch, {"serial": 500.0})
-    sides = as_launched()
-    until_decided(sides)
-    train(sides, 3)
+    sides = resting(as_launched, monkeypatch)
     ready = Variant.is_ready
     monkeypatch.setattr(Variant, "is_ready", lambda self: self.is_plain and ready(self))
     load.sample = with_(QUIET, tenants=(Tenant(77, 2048),))
@@ -227,10 +233,7 @@ def test_networks_of_one_kind_rest_together(
 def test_evaluation_does_not_wake_a_plain_network(
     load: Load, as_launched: Callable[[], tuple[Trained, Trained]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Timed(monkeypatch, {"serial": 500.0})
-    sides = as_launched()
-    until_decided(sides)
-    train(sides, 3)
+    sides = resting(as_launched, monkeypatch)
     load.sample = with_(QUIET, tenants=(Tenant(77, 2048),))
     entered = backend.calls.entered
     with torch.no_grad():
@@ -245,10 +248,7 @@ def test_an_error_beside_a_call_leaves_the_network_plain(
     said: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    Timed(monkeypatch, {"serial": 500.0})
-    sides = as_launched()
-    until_decided(sides)
-    train(sides, 3)
+    sides = resting(as_launched, monkeypatch)
 
     def broken(_tuning: Tuning) -> None:
         raise torch.OutOfMemoryError("planted")
