@@ -32,7 +32,9 @@ class Question:
 
 
 def answer_questions(config: Config) -> None:
-    """Have the launcher's questions answered from now on; called in the lead."""
+    """Have the launcher's questions answered from now on, if there is a launcher; called in the lead."""
+    if config.run_dir is None or config.pulse_fifo.exists():
+        return
     try:
         os.mkfifo(config.pulse_fifo, 0o600)
         pipe = os.open(config.pulse_fifo, os.O_RDWR | os.O_CLOEXEC)  # with a writer of our own it never ends

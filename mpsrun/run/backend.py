@@ -14,6 +14,7 @@ from mpsrun import config, log
 from mpsrun.errors import NotShippable
 from mpsrun.graph.effects import Effects, analyze, drop_inert
 from mpsrun.graph.regions import Region, find_regions
+from mpsrun.launch.pulse import answer_questions
 from mpsrun.plan.cost import MACHINES
 from mpsrun.plan.plan import Declined, plan_region
 from mpsrun.run import plans, report, session
@@ -152,6 +153,7 @@ class Graph:
             if not self._planner.has_streams:
                 return
             report.tell_at_exit()
+            answer_questions(config.current())
         if config.current().trace is not None:
             eyes(self._kind)  # also where nothing is tuned
         if not self._options.forced and eyes(self._kind).has_monitor:

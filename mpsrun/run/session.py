@@ -85,8 +85,7 @@ def _open(kind: str) -> Coordinator:
     settings = config.current()
     if settings.run_dir is None:
         settings = _start_own_workers(settings)
-    elif not settings.pulse_fifo.exists():
-        answer_questions(settings)
+    answer_questions(config.current())
     if not _registered:
         _registered = True
         atexit.register(close)

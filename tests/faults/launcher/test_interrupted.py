@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -135,9 +136,10 @@ def test_no_start_after_an_end_that_was_asked_for(runner: Runner, number: signal
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_a_script_that_hangs_in_c(runner: Runner, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lanes", [LANES, ("--lanes", "captured")], ids=["workers", "captured"])
+def test_ctrl_c_ends_a_script_that_hangs_in_c(runner: Runner, tmp_path: Path, lanes: Sequence[str]) -> None:
     """It holds the GIL and would stay for a minute; a plain script would, too."""
-    command = [sys.executable, "-m", "mpsrun", *LANES, str(SCRIPT), str(tmp_path), "between", "hang", "6"]
+    command = [sys.executable, "-m", "mpsrun", *lanes, str(SCRIPT), str(tmp_path), "between", "hang", "6"]
     with Terminal(command, runner.cwd, runner.environ()) as terminal:
         terminal.expect(b"hangs", 40)
         time.sleep(0.2)
