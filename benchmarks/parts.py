@@ -17,6 +17,7 @@ from torch import nn
 from benchmarks.captured_host import lead_us
 from benchmarks.cases import Case, Input, Network, chosen
 from benchmarks.steps import Stepper, device, spread, synchronize
+from mpsrun import config
 from mpsrun.device import ChunkHandle, open_device
 from mpsrun.run import session
 
@@ -43,11 +44,11 @@ CROSSING = Case("small", 16, Network(lambda: Small(4), (Input((64,)),), (16,)))
 
 
 def crossing(repeats: int) -> dict[str, Any]:
-    """CPU time of the lead for one region with three workers, against plain autograd on the same four branches."""
-    model = CROSSING.of.make()
+    """CPU time of the lead for one region with workers, against plain autograd on the same four branches."""
+    model, workers = CROSSING.of.make(), f"{config.current().worker_count()} workers"
     sides = {
         "plain": Stepper(CROSSING, model, "eager"),
-        "three workers": Stepper(CROSSING, model, WORKERS),
+        workers: Stepper(CROSSING, model, WORKERS),
     }
     for stepper in sides.values():
         stepper.warm_up()
@@ -57,7 +58,7 @@ def crossing(repeats: int) -> dict[str, Any]:
             times[name].append(lead_us(stepper, 200))
     row: dict[str, Any] = {"part": "lead CPU of a step with one region, us"}
     row |= {name: spread(values, 1) for name, values in times.items()}
-    row["beyond plain autograd"] = round(row["three workers"][0] - row["plain"][0], 1)
+    row["beyond plain autograd"] = round(row[workers][0] - row["plain"][0], 1)
     return row
 
 
@@ -115,7 +116,7 @@ def first_step(name: str) -> dict[str, Any]:
     """Seconds from the start of the process to the plain script's first step, and to mpsrun's first on lanes."""
     script = [str(ROOT / "scripts" / "bench"), "--print-steps", name]
     plain = [sys.executable, *script]
-    fast = [sys.executable, "-m", "mpsrun", "--workers", "3", "--lanes", "workers", *script]
+    fast = [sys.executable, "-m", "mpsrun", "--lanes", "workers", *script]
     _times(plain)  # not measured: it finds the caches of the disk cold
     plains, fasts = [], []
     for _ in range(FIRST_STEP_REPEATS):

@@ -90,7 +90,8 @@ class Results:
 
     def put_row(self, row: dict[str, Any], run: dict[str, Any]) -> None:
         """Add a row, or replace the one of the same network and batch."""
-        _put(self.rows, row | {"run": self._number(run)}, ("network", "batch"))
+        judged = row | judge(row) if "engines" in row else row
+        _put(self.rows, judged | {"run": self._number(run)}, ("network", "batch"))
 
     def put_part(self, part: dict[str, Any], run: dict[str, Any]) -> None:
         """Add a part, or replace the one of the same name."""

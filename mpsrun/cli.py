@@ -6,10 +6,10 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from mpsrun import __version__
-from mpsrun.config import MAX_WORKERS, Config
+from mpsrun.config import MAX_WORKERS, Capture, Config, Lanes, Switch
 from mpsrun.errors import UsageError
 from mpsrun.launch.target import Target
 from mpsrun.log import say
@@ -286,9 +286,9 @@ _FIELDS = {"timeout": "timeout_s", "json": "explain"}
 _OF_EXPLAIN = ("json", "steps")
 _OPTIONS: dict[str, Callable[[str, str], Any] | None] = {
     "workers": _workers,
-    "lanes": _choice("auto", "serial", "streams", "captured", "workers", "captured-workers"),
-    "mps": _choice("auto", "on", "off"),
-    "capture": _choice("auto", "off"),
+    "lanes": _choice(*get_args(Lanes)),
+    "mps": _choice(*get_args(Switch)),
+    "capture": _choice(*get_args(Capture)),
     "log_dir": _path,
     "timeout": _seconds,
     "plan": _plan_file,
@@ -296,7 +296,7 @@ _OPTIONS: dict[str, Callable[[str, str], Any] | None] = {
     "verify": _count,
     "steps": _count,
     "max_restarts": _whole,
-    "adapt": _choice("auto", "on", "off"),
+    "adapt": _choice(*get_args(Switch)),
     "trace": _path_of_a_file,
     "worker_share": _percent,
     "tune_convolutions": None,

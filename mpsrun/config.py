@@ -24,7 +24,6 @@ REPORTED = 70  # exit status of a worker that told the lead why it ends (EX_SOFT
 Lanes = Literal["auto", "serial", "streams", "captured", "workers", "captured-workers"]
 Switch = Literal["auto", "on", "off"]
 Capture = Literal["auto", "off"]
-Adapt = Literal["auto", "on", "off"]
 Explain = Literal["", "text", "json"]
 
 
@@ -60,7 +59,7 @@ class Config:
     explain: Explain = ""
     steps: int = 120
     max_restarts: int = 0
-    adapt: Adapt = "auto"
+    adapt: Switch = "auto"
     trace: Path | None = None
     worker_share: int | None = None
     tune_convolutions: bool = False

@@ -1,6 +1,16 @@
 """The errors which mpsrun raises on purpose; each text says what was expected, found, and what to do."""
 
 
+def in_a_line(error: BaseException) -> str:
+    """The kind of an error, and the first line of what it says."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, if it says anything."""
+    return str(error).strip().partition("\n")[0].rstrip()
+
+
 class MpsrunError(Exception):
     """Any error which mpsrun itself raises."""
 

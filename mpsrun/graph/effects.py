@@ -11,9 +11,8 @@ from torch import fx
 
 from mpsrun.graph.facts import Effects, NodeFacts
 from mpsrun.graph.fakerun import FakeRun
-from mpsrun.graph.state import Autocast, State
 
-__all__ = ["Autocast", "Effects", "NodeFacts", "State", "analyze", "dependences", "random_chain"]
+__all__ = ["Effects", "analyze", "drop_inert"]
 
 
 def analyze(gm: fx.GraphModule) -> Effects:

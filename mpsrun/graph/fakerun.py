@@ -8,6 +8,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from mpsrun.errors import first_line
 from mpsrun.graph import ops
 from mpsrun.graph.encode import encodable
 from mpsrun.graph.facts import NodeFacts
@@ -131,8 +132,7 @@ class FakeRun:
                 stack.enter_context(watch)
                 self.env[node] = call(*args, **kwargs)
         except Exception as error:  # noqa: BLE001  any op may fail on fake tensors; it then stays in the lead
-            reason = str(error).strip().split("\n")[0][:120]
-            return f"{ops.describe(node.target)} did not run on fake tensors ({reason})"
+            return f"{ops.describe(node.target)} did not run on fake tensors ({first_line(error)[:120]})"
         return None
 
     def _callable(self, node: fx.Node, args: Any) -> Callable[..., Any] | None:

@@ -50,7 +50,6 @@ class Refusal:
 
     reason: str
     where: str | None = None
-    nodes: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,8 +124,7 @@ class _Finder:
         return branches, [kept.index(home) for home in homes], reason
 
     def _refuse(self, parts: Sequence[set[fx.Node]], reason: str) -> tuple[None, list[int]]:
-        nodes = sorted(set().union(*parts), key=self.effects.order.__getitem__)
-        self.refusals.append(Refusal(reason, self._where(parts), tuple(nodes)))
+        self.refusals.append(Refusal(reason, self._where(parts)))
         return None, []
 
     def _where(self, parts: Sequence[set[fx.Node]]) -> str | None:

@@ -51,7 +51,6 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self._storage_of = storage_of
         self.writes: set[int] = set()
-        self.reads: set[int] = set()
         self.random = False
         self.sparse = False  # the gradient of an argument is sparse
         self.sync = False
@@ -62,7 +61,6 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         named = dict(_named_arguments(func, args, kwargs))
-        self.reads.update(self._storages(tensors((args, kwargs))))
         self.writes.update(self._storages(_written(func, named)))
         self.random |= _is_random(func, named)
         self.sync |= _is_sync(func)

@@ -1,7 +1,6 @@
 """How the lead and the workers are started: command line, environment, standard streams, process group."""
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -63,9 +62,8 @@ def spawn_keeper(run_dir: Path, parent_pid: int) -> subprocess.Popen[bytes]:
     return _spawn_own(["keeper", str(run_dir)], subprocess.DEVNULL, os.environ, parent_pid, subprocess.PIPE)
 
 
-def run_plain(config: Config, target: Target, mask: Collection[int] = ()) -> None:
+def run_plain(config: Config, target: Target) -> None:
     """Become `python script args`; does not return."""
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     os.environ.update(config.to_env())
     os.execv(sys.executable, [sys.executable, *python_flags(), *target.to_argv()])  # noqa: S606
 

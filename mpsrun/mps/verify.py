@@ -49,11 +49,11 @@ def verify(pids: Collection[int], uses_cuda: bool = True, deadline_s: float = 5.
     return Attachment("time-sliced GPU", missing, f"no client of CUDA MPS: pid {listed}")
 
 
-def attached(pids: Collection[int], control: Control | None = None, deadline_s: float = 5.0) -> frozenset[int]:
+def attached(pids: Collection[int], deadline_s: float = 5.0) -> frozenset[int]:
     """Return which of `pids` are clients of the CUDA MPS daemon that this process's environment names.
 
     Raises ControlError where no daemon answers as documented. `deadline_s` is for each question.
     """
-    control = control or Control(pipe_dir_in_force(), deadline_s)
+    control = Control(pipe_dir_in_force(), deadline_s)
     clients = {client for server in control.server_list() for client in control.client_list(server)}
     return frozenset(pids) & clients

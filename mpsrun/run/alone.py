@@ -18,6 +18,7 @@ import torch
 import torch._dynamo.exc
 from torch import fx, nn
 
+from mpsrun.errors import first_line
 from mpsrun.run.part import Part
 
 Outputs = tuple[Any, ...]
@@ -92,7 +93,7 @@ class Alone:
         except _Asked as asked:
             return Question(asked.part, asked.inputs, lambda *answer: self._repeat(answer, args, kwargs))
         except _NOT_COMPILED as error:
-            reason = f"{type(self.module).__name__}: {_first_line(error)}"
+            reason = f"{type(self.module).__name__}: {first_line(error) or type(error).__name__}"
             return Call(self.module, args, kwargs, lambda: self._give_up(reason))
 
     def _give_up(self, reason: str) -> None:
@@ -152,7 +153,3 @@ def caller(module: Callable[..., Any]) -> Callable[..., Any]:
 
     call.__code__ = call.__code__.replace()
     return call
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

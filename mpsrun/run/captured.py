@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mpsrun import log
-from mpsrun.errors import NotNow, NotShippable
+from mpsrun.errors import NotNow, NotShippable, in_a_line
 from mpsrun.run import state as modes
 from mpsrun.run.recorder import Recorder
 from mpsrun.run.replay import Body, Settings, Thrift
@@ -141,8 +141,7 @@ class Captured:
     def _give_up(self, error: Exception) -> None:
         self._bodies, self._most, self.failure = [], 0, error.with_traceback(None)
         self._subject.recorded.discard(self)
-        reason = str(error).strip().partition("\n")[0]
-        log.say(f"a network cannot be captured, it runs uncaptured ({type(error).__name__}: {reason})")
+        log.say(f"a network cannot be captured, it runs uncaptured ({in_a_line(error)})")
 
     def _run_as_it_is(self, args: tuple[Any, ...]) -> Any:
         statics = self._subject.statics

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from mpsrun.errors import in_a_line
 from mpsrun.run import state as modes
 
 Function = Callable[..., Sequence[torch.Tensor]]
@@ -68,8 +69,7 @@ def compiled(function: Function, values: Sequence[Any], outputs: int, kind: str)
 
 def reason(error: Exception) -> str:
     """What an error of the compiler says, in one line."""
-    line = next((line for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {line.strip()}"[:MOST_CHARACTERS]
+    return in_a_line(error)[:MOST_CHARACTERS]
 
 
 def _graph(program: Function, inputs: int, outputs: int) -> fx.GraphModule:

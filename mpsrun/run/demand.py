@@ -16,6 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mpsrun import log
+from mpsrun.errors import in_a_line
 
 Trace = Mapping[str, Any]
 WARP = 32
@@ -148,7 +149,7 @@ def _traced(run: Callable[[], object]) -> Trace | None:
             found: Trace = json.loads(path.read_text())
             return found
     except (RuntimeError, OSError, ValueError) as error:
-        _say_why(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        _say_why(in_a_line(error))
         return None
 
 

@@ -33,7 +33,6 @@ class Observer(fx.Interpreter):
         self._needed = needed_nodes(regions)
         self._metas: dict[fx.Node, Any] = {}
         self._random: dict[fx.Node, int] = {}
-        self.values: dict[fx.Node, Any] = {}
 
     @property
     def observation(self) -> Observation:
@@ -49,8 +48,6 @@ class Observer(fx.Interpreter):
             meta = meta_of(result)
             if meta is not None:
                 self._metas[n] = meta
-            if n.op == "placeholder":
-                self.values[n] = result
         return result
 
 

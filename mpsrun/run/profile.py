@@ -13,7 +13,7 @@ import msgspec
 import torch
 from torch import fx
 
-from mpsrun.errors import NotShippable
+from mpsrun.errors import NotShippable, in_a_line
 from mpsrun.graph.effects import Effects
 from mpsrun.graph.program import build, extract
 from mpsrun.graph.regions import Branch, Region
@@ -145,7 +145,7 @@ class Profiler:
         except NotShippable as error:
             return NotMeasured(str(error))
         except Exception as error:  # noqa: BLE001 - values made up may be none that its ops take
-            return NotMeasured(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            return NotMeasured(in_a_line(error))
         return Alone(statistics.median(forward_us), statistics.median(backward_us), peak_bytes)
 
     def _with_demands(self, regions: Sequence[Region], times: Times) -> Times:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mpsrun import log
-from mpsrun.errors import MpsrunError, NotNow
+from mpsrun.errors import MpsrunError, NotNow, in_a_line
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.crossing import Crossing, Gathering, Handed, Invocation
 from mpsrun.run.link import Work
@@ -138,8 +138,7 @@ class _Backward:
             except NotNow:
                 self._is_settled = False
             except (RuntimeError, MpsrunError) as error:
-                reason = str(error).strip().partition("\n")[0]
-                log.say(f"a backward pass cannot be captured, it runs uncaptured ({type(error).__name__}: {reason})")
+                log.say(f"a backward pass cannot be captured, it runs uncaptured ({in_a_line(error)})")
         return self._function()
 
     def _recorded(self, function: Function, noted: Sequence[tuple[Invocation, Gathering]]) -> Function:

@@ -14,7 +14,7 @@ import torch
 from mpsrun import config
 from mpsrun.config import REPORTED
 from mpsrun.device import Chunk, ChunkHandle, Device, open_device, typed_view
-from mpsrun.errors import MemoryGone, MpsrunError
+from mpsrun.errors import MemoryGone, MpsrunError, in_a_line
 from mpsrun.graph.program import validate
 from mpsrun.launch.error_file import leave_error
 from mpsrun.run.executor import Executor, Job
@@ -216,7 +216,7 @@ class Worker:
         try:
             self._relays[message.relay] = self._recorded(message)
         except (RuntimeError, MpsrunError) as error:
-            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            reason = in_a_line(error)
         self.channel.send(m.Recorded(self.index, message.relay, reason, self.generation))
 
     def _recorded(self, message: m.Record) -> _Relay:

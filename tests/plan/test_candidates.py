@@ -330,5 +330,5 @@ def test_candidates_for_which_there_is_no_memory_are_left_out() -> None:
     kept = affordable(found, regions, free_bytes=CONTEXT_BYTES + 1)
     assert [candidate.name for candidate in kept] == ["workers, 2 lanes", "serial"]
     assert [candidate.name for candidate in affordable(found, regions, free_bytes=-1)] == ["serial"]
-    assert too_large(kept[0].plan, regions, 2**20) == "needs 500 MiB of the device's memory, 1 MiB are free"
+    assert too_large(kept[0].plan, regions, 2**20) == "needs 700 MiB of the device's memory, 1 MiB are free"
     assert too_large(kept[0].plan, regions, CONTEXT_BYTES) is None
