@@ -7,7 +7,7 @@ from mpsrun.graph.regions import Region
 from mpsrun.plan.assign import hopeless, region_us, spread
 from mpsrun.plan.cost import Costs
 from mpsrun.plan.lanes import LEAD, is_stream, is_worker
-from mpsrun.plan.plan import CAPTURED, Assignment, Declined, Plan, decide, immovable, left_with, some_shares
+from mpsrun.plan.plan import CAPTURED, Assignment, Declined, Means, Plan, decide, immovable, left_with, some_shares
 from mpsrun.plan.shares import by_cost, worth_a_try
 
 MAX_CANDIDATES = 6
@@ -32,47 +32,35 @@ class Candidate:
 
 
 def candidates(
-    regions: Sequence[Region],
-    worker_ids: Sequence[int],
-    costs: Costs,
-    has_streams: bool,
-    captures: bool = False,
-    captures_workers: bool = False,
-    has_shares: bool = False,
-    tunes: bool = False,
-    compiles: bool = False,
+    regions: Sequence[Region], worker_ids: Sequence[int], costs: Costs, means: Means
 ) -> tuple[Candidate, ...]:
     """At most `MAX_CANDIDATES` plans that differ, the best predicted first; one more where branches are compiled.
 
-    regions: all of a graph, parents before children. worker_ids: the lanes of the workers that may be used.
-    has_streams: whether the lead's device has side streams. captures: whether the graph can be captured;
-    captures_workers: whether that is so with its regions on worker lanes. has_shares: whether lanes can have shares of
-    the device. tunes: whether cuDNN may choose other algorithms. compiles: whether workers may compile their branches,
-    as is tried with the plan of workers that is predicted to be the fastest. Always in: serial; side streams, if the
-    device has them, or both captured, if that can be; the plan that hands every region to all workers that is not
-    hopeless.
+    regions: all of a graph, parents before children. worker_ids: the lanes of the workers that may be used. Always in:
+    serial; side streams, if the device has them, or both captured, if that can be; the plan that hands every region to
+    all workers that is not hopeless. Compiled is the plan of workers that is predicted to be the fastest.
     """
     planner = _Planner(regions, worker_ids, costs)
     wanted = [planner.candidate(SERIAL, lambda _region, _busy: Declined("serial"))]
-    if has_streams and not captures:  # captured they are never slower, and become these where a recording fails
+    if means.streams and not means.captures:  # captured they are never slower, and become these where a recording fails
         wanted.append(planner.candidate("streams", planner.on_streams))
     wanted.append(planner.candidate(f"workers, {len(worker_ids) + 1} lanes", planner.on_every_worker))
-    if captures:
+    if means.captures:
         replayed = _Planner(regions, (), costs.captured())
         wanted.append(_captured(replayed.candidate(CAPTURED, lambda _region, _busy: Declined("captured as it is"))))
-        wanted += [forced_captured(regions, costs)] if has_streams else []
+        wanted += [forced_captured(regions, costs)] if means.streams else []
     optional = planner.worker_candidates()
-    if has_streams:
+    if means.streams:
         optional.append(planner.candidate("mixed", planner.fastest))
-    if captures_workers and worker_ids:
+    if means.captures_workers and worker_ids:
         optional.append(forced_captured_workers(regions, worker_ids, costs))
-    if has_shares:
+    if means.shares:
         optional += [shared for plain in wanted if (shared := _with_shares(plain, regions, costs)) is not None]
-    if tunes and captures and has_streams:
+    if means.tunes and means.captures and means.streams:
         optional.append(_tuned(forced_captured(regions, costs)))
     found = _best(_different(wanted), optional)
     best = next((candidate for candidate in found if candidate.plan.workers), None)
-    if not compiles or best is None:
+    if not means.compiles or best is None:
         return found
     return tuple(sorted((*found, compiled(best)), key=lambda candidate: candidate.predicted_us))
 

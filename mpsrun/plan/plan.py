@@ -16,6 +16,23 @@ COMPILED = "branches compiled"  # and of one whose workers compile their branche
 
 
 @dataclass(frozen=True)
+class Means:
+    """What the plans of a graph may make use of, beside the lead's stream and the workers.
+
+    streams: the lead's device has side streams. captures: the graph can be captured; captures_workers: also with its
+    regions on worker lanes. shares: lanes can have shares of the device. tunes: cuDNN may choose other algorithms.
+    compiles: workers may compile their branches.
+    """
+
+    streams: bool = False
+    captures: bool = False
+    captures_workers: bool = False
+    shares: bool = False
+    tunes: bool = False
+    compiles: bool = False
+
+
+@dataclass(frozen=True)
 class Assignment:
     """One lane a branch, numbered as `lanes.py` says.
 

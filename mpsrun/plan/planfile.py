@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from mpsrun.errors import UsageError
 from mpsrun.graph.regions import Region
 from mpsrun.plan.lanes import LEAD, lane_name
-from mpsrun.plan.plan import Assignment, Plan, left_with
+from mpsrun.plan.plan import Assignment, Means, Plan, left_with
 
 HEADER = "# mpsrun plan 1"
 
@@ -72,44 +72,31 @@ class PlanFile:
         return graph.plan
 
 
-def fits(
-    plan: Plan,
-    regions: Sequence[Region],
-    worker_count: int,
-    has_streams: bool = True,
-    captures: bool = True,
-    has_shares: bool = True,
-    tunes: bool = True,
-    compiles: bool = True,
-) -> str | None:
-    """Why `plan` cannot be followed for these regions with workers 1 to `worker_count`, or None where it can.
-
-    captures: whether the graph can be captured. has_shares: whether lanes can have shares of the device.
-    tunes: whether cuDNN may choose other algorithms. compiles: whether workers may compile their branches.
-    """
+def fits(plan: Plan, regions: Sequence[Region], worker_count: int, means: Means) -> str | None:
+    """Why `plan` cannot be followed for these regions with workers 1 to `worker_count`, or None where it can."""
     known = {region.index: region for region in regions}
     if set(plan.regions) != set(known):
         return f"it is for another network: expected regions {_list(known)}, found {_list(plan.regions)}"
     if plan.workers and max(plan.workers) > worker_count:
         return f"it uses worker {max(plan.workers)}, and the run has {worker_count}; start more with --workers"
-    if plan.captured and not captures:
+    if plan.captured and not means.captures:
         return "it is captured, which this graph cannot be here (--verbose says why)"
     if plan.captured and plan.workers and plan.streams:
         return (
             f"it is captured and uses both workers and {lane_name(min(plan.streams))}, which cannot be; use one of them"
         )
-    if plan.tuned and not (plan.captured and tunes and not plan.workers):
+    if plan.tuned and not (plan.captured and means.tunes and not plan.workers):
         return (
             "it has convolutions tuned, for which it must be captured, without workers, and --tune-convolutions given"
         )
-    if plan.compiled and not (compiles and plan.workers):
+    if plan.compiled and not (means.compiles and plan.workers):
         return (
             "it has branches compiled, for which it must use workers, --compile-branches be given, and PyTorch not be "
             "set to deterministic algorithms"
         )
-    if plan.streams and not has_streams:
+    if plan.streams and not means.streams:
         return f"it uses {lane_name(min(plan.streams))}, and this device has no streams"
-    if plan.has_shares and not has_shares:
+    if plan.has_shares and not means.shares:
         return "it gives lanes a share of the multiprocessors, which this device or its driver cannot"
     reasons = (_misfit(region, plan, known) for region in regions)
     return next((reason for reason in reasons if reason is not None), None)

@@ -15,7 +15,7 @@ from torch import fx
 from mpsrun import __version__, config, log
 from mpsrun.errors import UsageError
 from mpsrun.graph.regions import Region
-from mpsrun.plan.plan import Plan
+from mpsrun.plan.plan import Means, Plan
 from mpsrun.plan.planfile import PlanFile, fits
 from mpsrun.run import state as modes
 from mpsrun.run.plan_cache import Key, PlanCache
@@ -53,16 +53,7 @@ def cache() -> PlanCache:
     return PlanCache(config.current().plan_cache_dir)
 
 
-def pinned(
-    name: str,
-    regions: Sequence[Region],
-    workers: int,
-    has_streams: bool,
-    captures: bool,
-    has_shares: bool,
-    tunes: bool,
-    compiles: bool,
-) -> Plan | None:
+def pinned(name: str, regions: Sequence[Region], workers: int, means: Means) -> Plan | None:
     """The plan that `--plan` pins for the graph of this fingerprint; None, with one line why, where there is none."""
     known = pins()
     if known is None:
@@ -72,7 +63,7 @@ def pinned(
     except UsageError as error:
         log.say(f"{error}; it is tuned instead")
         return None
-    reason = fits(plan, regions, workers, has_streams, captures, has_shares, tunes, compiles)
+    reason = fits(plan, regions, workers, means)
     if reason is not None:
         log.say(f"{known.source}: the plan of graph {name} cannot be followed: {reason}; it is tuned instead")
         return None

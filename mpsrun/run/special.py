@@ -25,6 +25,7 @@ from mpsrun.plan.candidates import (
     forced_streams,
 )
 from mpsrun.plan.cost import MACHINES, Costs
+from mpsrun.plan.plan import Means
 from mpsrun.run import plans, report
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.cotuning import has_convolutions
@@ -138,20 +139,14 @@ class Planner:
             return (forced_streams(self._regions, costs),)
         if self._options.forced:
             return (self._maybe_compiled(forced(self._regions, workers, costs)),)
+        means = self._means(captures)
+        return candidates(self._regions, [] if means.captures and not means.compiles else workers, costs, means)
+
+    def _means(self, captures: bool = True) -> Means:
         captures = captures and self.captures
         # Random numbers of branches are not captured: it would be the uncaptured plan once more.
         with_workers = captures and not any(self._draws(region) for region in self._regions)
-        return candidates(
-            self._regions,
-            [] if captures and not self.compiles else workers,
-            costs,
-            self.has_streams,
-            captures=captures,
-            captures_workers=with_workers,
-            has_shares=self.has_shares,
-            tunes=self.tunes,
-            compiles=self.compiles,
-        )
+        return Means(self.has_streams, captures, with_workers, self.has_shares, self.tunes, self.compiles)
 
     def _maybe_compiled(self, candidate: Candidate) -> Candidate:
         return compiled(candidate) if self.compiles and candidate.plan.workers else candidate
@@ -167,39 +162,32 @@ class Planner:
 
         failure: why they could not be captured in this run, if so.
         """
+        workers = [link.index for link in owner.links] if owner is not None else []
         usable = owner.usable() if owner is not None else []
         key = plans.key_of(self._gm, args, self._kind, len(usable))
         special = Special(describe(args), seen, (), key, owner.epoch if owner is not None else 0)
-        plan = None
-        if not self._options.forced:
-            workers = [link.index for link in owner.links] if owner is not None else []
-            name = plans.fingerprint(key)
-            plan = plans.pinned(
-                name,
-                self._regions,
-                len(workers),
-                self.has_streams,
-                self.captures,
-                self.has_shares,
-                self.tunes,
-                self.compiles,
-            )
-        if plan is not None:
+        if self._options.forced:
+            special.candidates = self.candidates(usable)
+        elif (plan := plans.pinned(plans.fingerprint(key), self._regions, len(workers), self._means())) is not None:
             gone = frozenset(workers) - {*usable}
             special.candidates = (Candidate("pinned", plan.without(gone), 0.0),)
-            return special
-        special.candidates = self.candidates(usable)
-        if not self._options.forced:
-            entry = plans.cache().load(key)
-            special.captures = failure is None and (entry is None or entry.captures)
-            special.is_lasting = failure is None or _is_lasting(failure)
-            special.candidates = self.candidates(usable, captures=special.captures)
-            if entry is None and owner is not None and any(c.plan.workers for c in special.candidates):
-                owner.begin()  # while branches are timed
-            special.branch_us = self._branch_us(special, entry, args)
-            special.candidates = self._affordable(self.candidates(usable, special.branch_us, special.captures), owner)
-            special.tuning = self._tuning(special, owner, entry)
+        else:
+            self._tune(special, owner, args, failure)
         return special
+
+    def _tune(
+        self, special: Special, owner: Coordinator | None, args: Sequence[Any], failure: Exception | None
+    ) -> None:
+        """Several candidates, made from what branches take alone, and the tuning that chooses between them."""
+        usable, entry = owner.usable() if owner is not None else [], plans.cache().load(special.key)
+        special.captures = failure is None and (entry is None or entry.captures)
+        special.is_lasting = failure is None or _is_lasting(failure)
+        special.candidates = self.candidates(usable, captures=special.captures)
+        if entry is None and owner is not None and any(c.plan.workers for c in special.candidates):
+            owner.begin()  # while branches are timed
+        special.branch_us = self._branch_us(special, entry, args)
+        special.candidates = self._affordable(self.candidates(usable, special.branch_us, special.captures), owner)
+        special.tuning = self._tuning(special, owner, entry)
 
     def _branch_us(self, special: Special, entry: Entry | None, args: Sequence[Any]) -> _BranchUs:
         """What an earlier run measured, which leads to the same candidates again, or what is measured now."""

@@ -23,7 +23,7 @@ from mpsrun.plan.candidates import (
 )
 from mpsrun.plan.cost import MACHINES, Costs
 from mpsrun.plan.memory import CONTEXT_BYTES, SHARE_BYTES, affordable, memory_needed_bytes, too_large, workspace_bytes
-from mpsrun.plan.plan import Assignment, Declined, Plan
+from mpsrun.plan.plan import Assignment, Declined, Means, Plan
 from mpsrun.plan.planfile import fits
 from mpsrun.plan.shares import places_of
 
@@ -37,7 +37,7 @@ def by_name(found: Sequence[Candidate]) -> dict[str, Candidate]:
 
 
 def test_towers() -> None:
-    found = by_name(candidates([region(100, 100, 100, 100)], [1, 2, 3], COSTS, has_streams=True))
+    found = by_name(candidates([region(100, 100, 100, 100)], [1, 2, 3], COSTS, Means(streams=True)))
     assert list(found) == ["workers, 4 lanes", "workers, 2 lanes", "workers, 3 lanes", "serial", "streams"]
     assert found["workers, 4 lanes"].plan == Plan({0: Assignment((0, 1, 2, 3))})
     assert found["workers, 4 lanes"].predicted_us == 3_000 + 300
@@ -47,16 +47,18 @@ def test_towers() -> None:
 
 
 def test_captured_workers_are_one_of_at_most_six() -> None:
-    found = by_name(candidates([region(100, 100, 100, 100)], [1, 2, 3], COSTS, True, True, captures_workers=True))
+    found = by_name(
+        candidates([region(100, 100, 100, 100)], [1, 2, 3], COSTS, Means(True, True, captures_workers=True))
+    )
     assert len(found) == MAX_CANDIDATES
     assert found["captured workers"].plan == Plan({0: Assignment((0, 1, 2, 3))}, captured=True)
     assert Plan.parse(str(found["captured workers"].plan)) == found["captured workers"].plan
-    assert "captured workers" not in by_name(candidates([region(100, 100)], [1], COSTS, True, captures=True))
-    assert "captured workers" not in by_name(candidates([region(100, 100)], [], COSTS, True, True, True))
+    assert "captured workers" not in by_name(candidates([region(100, 100)], [1], COSTS, Means(True, captures=True)))
+    assert "captured workers" not in by_name(candidates([region(100, 100)], [], COSTS, Means(True, True, True)))
 
 
 def test_a_graph_that_can_be_captured_is_tried_with_and_without_streams() -> None:
-    found = by_name(candidates([region(100, 100, 100, 100)], [], COSTS, has_streams=True, captures=True))
+    found = by_name(candidates([region(100, 100, 100, 100)], [], COSTS, Means(streams=True, captures=True)))
     assert found["captured"].plan == Plan({0: Declined("captured as it is")}, captured=True)
     assert found["captured streams"].plan == Plan({0: Assignment((-1, -2, -3, -4))}, captured=True)
     assert found["captured streams"].predicted_us < found["captured"].predicted_us < found["serial"].predicted_us
@@ -65,7 +67,7 @@ def test_a_graph_that_can_be_captured_is_tried_with_and_without_streams() -> Non
 
 def shared(*regions: Region, workers: Sequence[int] = (), captures: bool = True) -> dict[str, Plan]:
     """By name, the candidates with shares."""
-    found = by_name(candidates(regions, workers, COSTS, has_streams=True, captures=captures, has_shares=True))
+    found = by_name(candidates(regions, workers, COSTS, Means(streams=True, captures=captures, shares=True)))
     assert len(found) <= MAX_CANDIDATES
     return {name: candidate.plan for name, candidate in found.items() if candidate.plan.has_shares}
 
@@ -97,7 +99,7 @@ def test_workers_have_shares_where_nothing_can_be_captured() -> None:
 
 
 def test_the_sixth_candidate_is_the_one_with_shares() -> None:
-    found = candidates([region(100, 100, 100, 100)], [1, 2, 3], COSTS, True, captures=True, has_shares=True)
+    found = candidates([region(100, 100, 100, 100)], [1, 2, 3], COSTS, Means(True, captures=True, shares=True))
     names = [candidate.name for candidate in found]
     assert names[:2] == ["captured streams", "captured streams, shares"]
     assert len(names) == MAX_CANDIDATES
@@ -105,14 +107,14 @@ def test_the_sixth_candidate_is_the_one_with_shares() -> None:
 
 def test_convolutions_are_tuned_where_cudnn_may_choose() -> None:
     towers = [region(100, 100, 100, 100)]
-    found = by_name(candidates(towers, [1, 2, 3], COSTS, True, captures=True, has_shares=True, tunes=True))
+    found = by_name(candidates(towers, [1, 2, 3], COSTS, Means(True, captures=True, shares=True, tunes=True)))
     assert len(found) == MAX_CANDIDATES
     plain, tuned = found["captured streams"].plan, found["captured streams, tuned"].plan
     assert (tuned.tuned, replace(tuned, tuned=False)) == (True, plain)
     assert found["captured streams, shares"].plan.has_shares
     assert str(tuned).startswith("captured\nconvolutions tuned\nregion 0: stream 1 |")
-    assert not any(c.plan.tuned for c in candidates(towers, [1], COSTS, True, captures=False, tunes=True))
-    nothing = candidates([region(9, 9, pinned=(0, 1))], [], COSTS, True, captures=True, tunes=True)
+    assert not any(c.plan.tuned for c in candidates(towers, [1], COSTS, Means(True, captures=False, tunes=True)))
+    nothing = candidates([region(9, 9, pinned=(0, 1))], [], COSTS, Means(True, captures=True, tunes=True))
     assert not any(candidate.plan.tuned for candidate in nothing)
 
 
@@ -120,14 +122,16 @@ def test_convolutions_are_tuned_where_cudnn_may_choose() -> None:
 def test_branches_are_compiled_where_that_is_asked_for(captures: bool) -> None:
     """In one plan more than there would be: the best of those with workers."""
     towers = [region(5000, 5000, 5000, 5000)]
-    usual = candidates(towers, [1, 2, 3], COSTS, True, captures=captures, captures_workers=captures)
-    found = candidates(towers, [1, 2, 3], COSTS, True, captures=captures, captures_workers=captures, compiles=True)
+    usual = candidates(towers, [1, 2, 3], COSTS, Means(True, captures=captures, captures_workers=captures))
+    found = candidates(
+        towers, [1, 2, 3], COSTS, Means(True, captures=captures, captures_workers=captures, compiles=True)
+    )
     (made,) = [candidate for candidate in found if candidate.plan.compiled]
     assert [candidate for candidate in found if candidate is not made] == [*usual]
     best = next(candidate for candidate in usual if candidate.plan.workers)
     assert (made.name, made.plan) == (f"{best.name}, compiled", replace(best.plan, compiled=True))
     assert [*found] == sorted(found, key=lambda candidate: candidate.predicted_us)
-    alone = candidates(towers, [], COSTS, True, compiles=True)
+    alone = candidates(towers, [], COSTS, Means(True, compiles=True))
     assert not any(candidate.plan.compiled for candidate in alone)
 
 
@@ -153,7 +157,7 @@ def test_shares_are_placed_one_behind_the_other() -> None:
 
 def test_small_regions_are_declined_where_it_must_pay_and_tried_where_there_is_hope() -> None:
     regions = [region(100, 100), region(9, 9, index=1), region(1, 1, index=2)]
-    found = by_name(candidates(regions, [1], COSTS, has_streams=False))
+    found = by_name(candidates(regions, [1], COSTS, Means()))
     assert list(found) == ["workers, 2 lanes, where it pays", "workers, 2 lanes", "serial"]
     paying, every = found["workers, 2 lanes, where it pays"].plan, found["workers, 2 lanes"].plan
     assert [isinstance(paying.regions[i], Assignment) for i in range(3)] == [True, False, False]
@@ -163,7 +167,7 @@ def test_small_regions_are_declined_where_it_must_pay_and_tried_where_there_is_h
 def test_regions_choose_their_kind_of_lane_in_the_mixed_plan() -> None:
     overlapping = Costs(GPU, {0: (900.0, 900.0), 1: (9_000.0, 9_000.0)})
     regions = [region(1, 1), region(300, 300, index=1), region(1, 1, index=2)]
-    mixed = by_name(candidates(regions, [1], overlapping, has_streams=True))["mixed"].plan
+    mixed = by_name(candidates(regions, [1], overlapping, Means(streams=True)))["mixed"].plan
     assert mixed.regions[0] == Assignment((-1, -2))
     assert mixed.regions[1] == Assignment((0, 1))
     assert isinstance(mixed.regions[2], Declined)
@@ -171,14 +175,14 @@ def test_regions_choose_their_kind_of_lane_in_the_mixed_plan() -> None:
 
 def test_the_lead_is_kept_free_where_that_is_no_slower() -> None:
     name = "workers, 4 lanes, lead kept free"
-    assert name not in by_name(candidates([region(90, 90, 90, 90)], [1, 2, 3], COSTS, has_streams=False))
-    found = by_name(candidates([region(9, 9, 9)], [1, 2, 3], COSTS, has_streams=False))
+    assert name not in by_name(candidates([region(90, 90, 90, 90)], [1, 2, 3], COSTS, Means()))
+    found = by_name(candidates([region(9, 9, 9)], [1, 2, 3], COSTS, Means()))
     assert found[name].plan == Plan({0: Assignment((1, 2, 3))})
     assert found["workers, 4 lanes"].plan == Plan({0: Assignment((0, 1, 2))})
 
 
 def test_the_lead_is_free_where_each_branch_has_a_worker() -> None:
-    found = by_name(candidates([region(90, 90, 90)], [1, 2, 3], COSTS, has_streams=False))
+    found = by_name(candidates([region(90, 90, 90)], [1, 2, 3], COSTS, Means()))
     assert found["workers, 4 lanes"].plan == Plan({0: Assignment((1, 2, 3))})
 
 
@@ -187,7 +191,7 @@ NESTED = [region(40, 400), region(130, 130, 130, index=1, parent=(0, 1)), region
 
 def test_a_branch_that_leaves_takes_its_inner_regions_along() -> None:
     towers = [region(200, 200), region(100, 100, index=1, parent=(0, 0)), region(100, 100, index=2, parent=(0, 1))]
-    found = by_name(candidates(towers, [1], COSTS, has_streams=False))
+    found = by_name(candidates(towers, [1], COSTS, Means()))
     outer, inner = found["workers, 2 lanes"].plan, found["workers, 2 lanes, inner regions"].plan
     assert outer.regions == {
         0: Assignment((0, 1)),
@@ -235,10 +239,10 @@ def test_prediction_counts_inner_regions_inside_their_branch() -> None:
 
 
 def test_without_anything_to_try_serial_is_left() -> None:
-    assert [c.name for c in candidates([], [1], COSTS, has_streams=True)] == ["serial"]
-    assert [c.name for c in candidates([region(900, 900)], [], COSTS, has_streams=False)] == ["serial"]
-    assert [c.name for c in candidates([region(900, 900)], [1], Costs(MACHINES["cpu"]), False)] == ["serial"]
-    assert [c.name for c in candidates([region(9, 9, pinned=(0, 1))], [1], COSTS, True)] == ["serial"]
+    assert [c.name for c in candidates([], [1], COSTS, Means(streams=True))] == ["serial"]
+    assert [c.name for c in candidates([region(900, 900)], [], COSTS, Means())] == ["serial"]
+    assert [c.name for c in candidates([region(900, 900)], [1], Costs(MACHINES["cpu"]), Means())] == ["serial"]
+    assert [c.name for c in candidates([region(9, 9, pinned=(0, 1))], [1], COSTS, Means(True))] == ["serial"]
 
 
 @st.composite
@@ -258,17 +262,10 @@ def graphs(draw: st.DrawFn) -> list[Region]:
 @PATIENT
 @given(graphs(), st.integers(0, 4), st.booleans(), st.booleans(), st.booleans())
 def test_candidates_of_any_graph(
-    regions: list[Region], worker_count: int, has_streams: bool, captures: bool, has_shares: bool
+    regions: list[Region], worker_count: int, streams: bool, captures: bool, shares: bool
 ) -> None:
-    found = candidates(
-        regions,
-        range(1, worker_count + 1),
-        COSTS,
-        has_streams,
-        captures,
-        captures_workers=captures,
-        has_shares=has_shares,
-    )
+    means = Means(streams, captures, captures_workers=captures, shares=shares)
+    found = candidates(regions, range(1, worker_count + 1), COSTS, means)
     plans = [candidate.plan for candidate in found]
     assert [plan.is_serial for plan in plans].count(True) == 1
     assert len(found) <= MAX_CANDIDATES
@@ -277,7 +274,7 @@ def test_candidates_of_any_graph(
         assert (one.captured, one.has_shares, lanes_of(one)) != (other.captured, other.has_shares, lanes_of(other))
     assert any(plan.captured for plan in plans) == captures
     for plan in plans:
-        assert fits(plan, regions, worker_count, has_streams, has_shares=has_shares) is None
+        assert fits(plan, regions, worker_count, means) is None
         assert all(sum(shares_of(choice).values()) <= 300 for choice in plan.regions.values())
     if worker_count:
         outer = [r.index for r in regions if r.parent is None and hopeless(r, COSTS) is None]
@@ -309,7 +306,7 @@ def test_bound_follows_the_critical_path() -> None:
 @PATIENT
 @given(graphs(), st.integers(1, 4))
 def test_no_prediction_is_better_than_the_bound(regions: list[Region], worker_count: int) -> None:
-    best = min(c.predicted_us for c in candidates(regions, range(1, worker_count + 1), COSTS, has_streams=True))
+    best = min(c.predicted_us for c in candidates(regions, range(1, worker_count + 1), COSTS, Means(streams=True)))
     assert best >= bound(regions, COSTS).critical_us - 1e-6
 
 
@@ -326,7 +323,7 @@ def test_memory_is_contexts_slots_and_activations() -> None:
 
 def test_candidates_for_which_there_is_no_memory_are_left_out() -> None:
     regions = [region(100, 100, 100, 100)]
-    found = candidates(regions, [1, 2, 3], COSTS, has_streams=False)
+    found = candidates(regions, [1, 2, 3], COSTS, Means())
     kept = affordable(found, regions, free_bytes=CONTEXT_BYTES + 1)
     assert [candidate.name for candidate in kept] == ["workers, 2 lanes", "serial"]
     assert [candidate.name for candidate in affordable(found, regions, free_bytes=-1)] == ["serial"]

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from made import LINES, PATIENT, PLANS, region
 
 from mpsrun.errors import UsageError
-from mpsrun.plan.plan import Assignment, Declined, Plan
+from mpsrun.plan.plan import Assignment, Declined, Means, Plan
 from mpsrun.plan.planfile import GraphPlan, PlanFile, fits
+
+ALL = Means(True, True, True, True, True, True)
 
 TEXT = """# mpsrun plan 1
 
@@ -95,22 +97,24 @@ NO = Declined("no")
     ],
 )
 def test_whether_a_plan_fits(plan: Plan, regions: list, reason: str | None) -> None:
-    found = fits(plan, regions, worker_count=3)
+    found = fits(plan, regions, 3, ALL)
     assert found is None if reason is None else re.search(reason, found or "")
 
 
 def test_streams_need_a_device_that_has_them() -> None:
     plan = Plan({0: Assignment((0, -1))})
-    assert fits(plan, [region(1, 1)], 0) is None
-    assert fits(plan, [region(1, 1)], 0, has_streams=False) == "it uses stream 1, and this device has no streams"
+    assert fits(plan, [region(1, 1)], 0, ALL) is None
+    assert (
+        fits(plan, [region(1, 1)], 0, replace(ALL, streams=False)) == "it uses stream 1, and this device has no streams"
+    )
 
 
 def test_tuning_needs_a_recording_and_leave_to_choose() -> None:
     plan = Plan({0: Assignment((0, -1))}, captured=True, tuned=True)
-    assert fits(plan, [region(1, 1)], 0) is None
-    assert "--tune-convolutions" in (fits(plan, [region(1, 1)], 0, tunes=False) or "")
-    assert "without workers" in (fits(replace(plan, regions={0: Assignment((0, 1))}), [region(1, 1)], 1) or "")
-    assert "must be captured" in (fits(replace(plan, captured=False), [region(1, 1)], 0) or "")
+    assert fits(plan, [region(1, 1)], 0, ALL) is None
+    assert "--tune-convolutions" in (fits(plan, [region(1, 1)], 0, replace(ALL, tunes=False)) or "")
+    assert "without workers" in (fits(replace(plan, regions={0: Assignment((0, 1))}), [region(1, 1)], 1, ALL) or "")
+    assert "must be captured" in (fits(replace(plan, captured=False), [region(1, 1)], 0, ALL) or "")
 
 
 def test_compiled_branches_are_those_of_workers_and_asked_for() -> None:
@@ -118,26 +122,26 @@ def test_compiled_branches_are_those_of_workers_and_asked_for() -> None:
     assert str(plan) == "branches compiled\nregion 0: lead | worker 1\n"
     assert Plan.parse(str(plan)) == plan
     assert Plan.parse(f"captured\n{plan}") == replace(plan, captured=True)
-    assert fits(plan, [region(1, 1)], 1) is None
-    assert "--compile-branches" in (fits(plan, [region(1, 1)], 1, compiles=False) or "")
-    assert "use workers" in (fits(replace(plan, regions={0: Assignment((0, -1))}), [region(1, 1)], 1) or "")
+    assert fits(plan, [region(1, 1)], 1, ALL) is None
+    assert "--compile-branches" in (fits(plan, [region(1, 1)], 1, replace(ALL, compiles=False)) or "")
+    assert "use workers" in (fits(replace(plan, regions={0: Assignment((0, -1))}), [region(1, 1)], 1, ALL) or "")
 
 
 def test_shares_need_a_device_that_has_them() -> None:
     plan = Plan({0: Assignment((0, -1), (100, 50))})
-    assert fits(plan, [region(1, 1)], 0) is None
-    assert "a share of the multiprocessors" in (fits(plan, [region(1, 1)], 0, has_shares=False) or "")
+    assert fits(plan, [region(1, 1)], 0, ALL) is None
+    assert "a share of the multiprocessors" in (fits(plan, [region(1, 1)], 0, replace(ALL, shares=False)) or "")
 
 
 def test_a_captured_plan_has_workers_or_side_streams() -> None:
     for lanes in ((0, 1), (0, -1)):
-        assert fits(Plan({0: Assignment(lanes)}, captured=True), [region(1, 1)], 1) is None
+        assert fits(Plan({0: Assignment(lanes)}, captured=True), [region(1, 1)], 1, ALL) is None
     both = Plan({0: Assignment((1, -1))}, captured=True)
     assert (
-        fits(both, [region(1, 1)], 1)
+        fits(both, [region(1, 1)], 1, ALL)
         == "it is captured and uses both workers and stream 1, which cannot be; use one of them"
     )
     assert (
-        fits(both, [region(1, 1)], 1, captures=False)
+        fits(both, [region(1, 1)], 1, replace(ALL, captures=False))
         == "it is captured, which this graph cannot be here (--verbose says why)"
     )
