@@ -92,6 +92,9 @@ class _QuietRecorder:
     def make_room(self) -> None:
         self._real.make_room()
 
+    def follow(self) -> None:
+        self._real.follow()
+
     def record(self, function: Function, forward: Recording | None = None) -> Recording:
         self._quiet.recordings += 1
         real = forward.real if isinstance(forward, _QuietRecording) else None

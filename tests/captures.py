@@ -53,8 +53,30 @@ class Overwriting:
     def make_room(self) -> None:
         """There is no pool."""
 
+    def follow(self) -> None:
+        """There is one order only."""
+
     def record(self, function: Callable[[], Any], forward: "Overwritten | None" = None) -> "Overwritten":
         return Overwritten(function, forward)
+
+
+class Failing(Overwriting):
+    """Records no backward of a forward in `bad`; after that no recording so far is to be replayed, as on a GPU."""
+
+    def __init__(self) -> None:
+        self.bad: list[Overwritten] = []
+        self.failures = 0
+        self.next_is_bad: Callable[[], bool] = lambda: False
+
+    def record(self, function: Callable[[], Any], forward: "Overwritten | None" = None) -> "Overwritten":
+        if any(forward is known for known in self.bad):
+            self.era += 1
+            self.failures += 1
+            raise RuntimeError("operation not permitted when stream is capturing")
+        made = super().record(function, forward)
+        if forward is None and self.next_is_bad():
+            self.bad.append(made)
+        return made
 
 
 class Overwritten:

@@ -27,7 +27,7 @@ class Shares(Protocol):
     refusal: str | None
 
     def stream(self, lane: int, start_percent: int, percent: int) -> torch.cuda.Stream:
-        """The stream of a lane on this part, the same one each time. Raises `MpsrunError` where there can be none."""
+        """Another stream for a lane, on this part. Raises `MpsrunError` where there can be none."""
 
 
 class NoShares:
@@ -55,7 +55,6 @@ class GreenContexts:
         self._index, self._driver = index, driver
         self._lock = threading.Lock()
         self._contexts: dict[tuple[int, ...], Any] = {}  # by groups
-        self._streams: dict[tuple[int, tuple[int, ...]], torch.cuda.Stream] = {}
         self._device = self._call("cuDeviceGet", index)
         kind = driver.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM
         whole = self._call("cuDeviceGetDevResource", self._device, kind)
@@ -73,15 +72,11 @@ class GreenContexts:
             return False
         return True
 
-    def stream(self, lane: int, start_percent: int, percent: int) -> torch.cuda.Stream:
+    def stream(self, lane: int, start_percent: int, percent: int) -> torch.cuda.Stream:  # noqa: ARG002 - see NoShares
         groups = groups_of(start_percent, percent, len(self._groups))
         with self._lock:
-            found = self._streams.get((lane, groups))
-            if found is None:
-                raw = self._call("cuGreenCtxStreamCreate", self._context(groups), _NON_BLOCKING, 0)
-                found = torch.cuda.ExternalStream(int(raw), device=torch.device("cuda", self._index))
-                self._streams[lane, groups] = found
-        return found
+            raw = self._call("cuGreenCtxStreamCreate", self._context(groups), _NON_BLOCKING, 0)
+        return torch.cuda.ExternalStream(int(raw), device=torch.device("cuda", self._index))
 
     def _context(self, groups: tuple[int, ...]) -> Any:
         if groups not in self._contexts:
@@ -113,7 +108,7 @@ def groups_of(start_percent: int, percent: int, count: int) -> tuple[int, ...]:
 
 
 def stream_on(device: torch.device, lane: int, place: tuple[int, int]) -> torch.cuda.Stream:
-    """The stream of a lane on its part of a GPU; with the whole GPU, and one line why, where it cannot have less."""
+    """Another stream for a lane on its part of a GPU; on the whole GPU, and one line why, where it cannot be less."""
     if place != WHOLE:
         try:
             return shares(device).stream(lane, *place)

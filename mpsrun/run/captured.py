@@ -15,7 +15,7 @@ anew with thrift. A script that asks for more after that gets a recording withou
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mpsrun import log
@@ -71,16 +71,16 @@ class Captured:
 
     def _body_for(self, args: tuple[Any, ...]) -> Body | None:
         """The recording to replay; None where the call runs as it is."""
+        self._drop_failed()
         settings = modes.flags(), modes.ambient(self._subject.kind), self._recorder.era
         free = [body for body in self._bodies if not body.is_busy]
         busy = len(self._bodies) - len(free)
         body = next((body for body in free if body.settings == settings and body.fits(args)), None)
-        if body is not None and body.failed is not None and not body.thrift.frees:
-            self._give_up(body.failed)
-        elif body is not None and not self._changes_thrift(body):
+        if body is not None and not self._changes_thrift(body):
             return self._used(body)
         stale = free if body is None else [body]
-        if body is None and stale and self._moves == MOST_RECORDINGS - 1:
+        moves = body is None and bool(stale) and not self._are_merely_old(stale, args, settings)
+        if moves and self._moves == MOST_RECORDINGS - 1:
             times = f"it was recorded {MOST_RECORDINGS} times, as parameters moved, or settings or workers changed"
             self._give_up(NotShippable(times))
         if busy >= self._most:
@@ -88,11 +88,29 @@ class Captured:
         if settings != self._settings:
             self._settings = settings
             return None
-        self._moves += bool(stale) and body is None
+        self._moves += moves
         self._bodies = [body for body in self._bodies if body not in stale]
         thrift = self.thrift if stale else NO_THRIFT  # what is not in the place of another has to show that it may
         del body, free, stale  # their memory is free for the next one
         return self._recorded(args, settings, thrift)
+
+    def _drop_failed(self) -> None:
+        """Recordings whose backward could not be recorded do not serve again: others may, or one without thrift."""
+        failed = [body for body in self._bodies if body.failed is not None]
+        for body in failed:
+            self._bodies.remove(body)
+            if body.thrift.frees:
+                self._spend()
+            elif self._bodies:  # there is no room for one more
+                self._most = len(self._bodies)
+            elif body.failed is not None:
+                self._give_up(body.failed)
+
+    def _are_merely_old(self, stale: Sequence[Body], args: tuple[Any, ...], settings: Settings) -> bool:
+        """Whether one of these would serve, had the recording of another graph on the device not failed since."""
+        if self._recorder.has_workers:
+            return False
+        return any(body.settings[:2] == settings[:2] and body.fits(args) for body in stale)
 
     def _recorded(self, args: tuple[Any, ...], settings: Settings, thrift: Thrift) -> Body | None:
         try:
@@ -123,7 +141,7 @@ class Captured:
 
     def _changes_thrift(self, body: Body) -> bool:
         """Whether a recording with more or less thrift is to take the place of this one; asked before each forward."""
-        if body.failed is not None or body.outgrown:
+        if body.outgrown:
             self._spend()
         elif self._may_save and not body.thrift.frees and body.regular >= STEPS_BEFORE_THRIFT:
             self.thrift = Thrift(True, self._may_lend)

@@ -283,6 +283,7 @@ class Coordinator:
             self._tidy()
             self.pool.tell(m.Trim())
         if self.device.kind == "cuda":
+            torch.cuda.synchronize()  # expandable segments are unmapped below what other streams still do there
             torch.cuda.empty_cache()
 
     def _tidy(self) -> None:

@@ -126,6 +126,9 @@ class TunedRecorder:
     def make_room(self) -> None:
         self._recorder.make_room()
 
+    def follow(self) -> None:
+        self._recorder.follow()
+
     def record(self, function: Callable[[], Any], forward: Recording | None = None) -> Recording:
         return self._thread.run(lambda: self._recorder.record(function, forward))
 

@@ -18,9 +18,10 @@ from typing import Any, Protocol
 import torch
 
 from mpsrun import log
-from mpsrun.run.streams import side_streams
+from mpsrun.run.streams import captured_streams
 
 Function = Callable[[], Any]
+GRAPHS_RELEASE = torch.__version__ >= "2.14"  # a graph whose capture has failed gives its memory back
 _eras: Counter[torch.device] = Counter()
 
 
@@ -44,6 +45,9 @@ class Recorder(Protocol):
 
     def make_room(self) -> None:
         """Before a recording. Raises `torch.OutOfMemoryError` where nothing would be left for other steps."""
+
+    def follow(self) -> None:
+        """Have the current stream wait for the last replay; to be asked before what one has read is overwritten."""
 
     def record(self, function: Function, forward: Recording | None = None) -> Recording:
         """Record what `function` submits, which is not computed yet. Raises whatever keeps it from being recorded.
@@ -73,6 +77,7 @@ class CudaRecorder:
 
     def make_room(self) -> None:
         """A recording keeps what a step needs at most; as much must be left for steps that run without it."""
+        self._last.synchronize()  # expandable segments are unmapped below whatever other streams still do there
         torch.cuda.empty_cache()  # nothing can be given back while something is recorded
         step_bytes = torch.cuda.max_memory_allocated(self._device) - torch.cuda.memory_allocated(self._device)
         free_bytes = torch.cuda.mem_get_info(self._device)[0]
@@ -86,7 +91,9 @@ class CudaRecorder:
         """Other threads go on meanwhile: only what this one does must be fit for a graph."""
         pool: Any = forward.pool if isinstance(forward, _CudaRecording) else torch.cuda.graph_pool_handle()
         graph, begin_s = torch.cuda.CUDAGraph(), time.perf_counter()
-        with self._lock, _uncollected(), self._on_stream(), restoring(self._device, pool):
+        with self._lock, _uncollected(), self._on_stream(), restoring(self._device, pool), _own_workspaces():
+            self._last.synchronize()  # its random ops still read what a capture resets
+            self._last = self._stream
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 results = function()
@@ -100,14 +107,18 @@ class CudaRecorder:
         return _CudaRecording(self, graph, pool, results)
 
     def _end(self, graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
-        """End a capture; of one that has failed torch would keep the memory, which it gives back with its graph."""
+        """End a capture; of one that has failed torch before 2.14 would keep the memory, which its graph owns."""
         try:
             graph.capture_end()
         except RuntimeError:
             if not _has_ended(graph):
                 with contextlib.suppress(RuntimeError):  # where that went well, and what came after it failed
-                    torch._C._cuda_endAllocateToPool(self._device.index, pool)
-                torch._C._cuda_releasePool(self._device.index, pool)
+                    if GRAPHS_RELEASE:
+                        graph.reset()
+                    else:
+                        torch._C._cuda_endAllocateToPool(self._device.index, pool)
+                if not GRAPHS_RELEASE:
+                    torch._C._cuda_releasePool(self._device.index, pool)
             raise
 
     @contextlib.contextmanager
@@ -117,19 +128,27 @@ class CudaRecorder:
 
     def _join_sides(self) -> None:
         """Autograd waits for the streams that gradients come from, not for those of what nobody needed."""
-        for stream in side_streams(self._device):
+        for stream in captured_streams(self._device):
             with torch.cuda.stream(stream):
                 forked = torch.cuda.is_current_stream_capturing()
             if forked:
                 self._stream.wait_stream(stream)
 
+    def follow(self) -> None:
+        """Whatever stream the last replay of any graph was submitted to."""
+        with self._lock:
+            self._follow()
+
+    def _follow(self) -> None:
+        if torch._C._cuda_getCurrentRawStream(self._device.index) != self._last.cuda_stream:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_stream(self._last)
+            self._last = stream
+
     def replay(self, graph: torch.cuda.CUDAGraph) -> None:
         """Submit a graph to the current stream, behind the last replay of any."""
         with self._lock:
-            if torch._C._cuda_getCurrentRawStream(self._device.index) != self._last.cuda_stream:
-                stream = torch.cuda.current_stream(self._device)
-                stream.wait_stream(self._last)
-                self._last = stream
+            self._follow()
             graph.replay()
 
 
@@ -151,6 +170,20 @@ def restoring(device: torch.device, pool: tuple[int, int]) -> Iterator[None]:
         source.graphsafe_set_state(fresh)
         _eras[device] += 1
         raise
+
+
+@contextlib.contextmanager
+def _own_workspaces() -> Iterator[None]:
+    """What is recorded has workspaces of cuBLAS in its own pool, for as long as it lives.
+
+    Else it would use those of the first recording on its streams, which may be dropped before it: torch from 2.12 on
+    then frees them, and Inductor's graphs clear all of them at any time.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 def _has_ended(graph: torch.cuda.CUDAGraph) -> bool:
@@ -179,6 +212,9 @@ class Repeater:
 
     def make_room(self) -> None:
         """There is no pool."""
+
+    def follow(self) -> None:
+        """There is one order only."""
 
     def record(self, function: Function, forward: Recording | None = None) -> Recording:  # noqa: ARG002
         """Nothing is computed yet."""

@@ -49,6 +49,10 @@ class RelayRecorder:
         """As for the lead alone; a worker sees to itself."""
         self._inner.make_room()
 
+    def follow(self) -> None:
+        """As for the lead alone: it writes what its own recordings read."""
+        self._inner.follow()
+
     def record(self, function: Function, forward: Recording | None = None) -> Recording:
         """Record a forward, or the backward of `forward`.
 

@@ -182,6 +182,7 @@ class Body:
         return tuple(map(_copied, self._replay(call.args)))
 
     def _replay(self, args: Sequence[Any]) -> list[torch.Tensor]:
+        self._recorder.follow()
         copy_all(self._targets, [args[i] for i in self._copied])
         self._generation += 1
         self._result = self._forward.replay()
@@ -285,6 +286,7 @@ class Body:
         for i in present:
             if i not in self._grad_outputs:
                 self._grad_outputs[i] = torch.empty_like(self._outputs[i])
+        self._recorder.follow()
         copy_all([self._grad_outputs[i] for i in present], given)
         if present not in self._backwards:
             try:

@@ -33,6 +33,7 @@ from mpsrun.run.observe import Observation
 from mpsrun.run.options import Options
 from mpsrun.run.plan_cache import Entry, Key
 from mpsrun.run.profile import Profiler, measured_us
+from mpsrun.run.shortage import lacks_memory
 from mpsrun.run.subject import Subject
 from mpsrun.run.tuning import Tuning
 from mpsrun.run.variant import Variant
@@ -202,8 +203,8 @@ class Planner:
     def _affordable(self, found: tuple[Candidate, ...], owner: Coordinator | None) -> tuple[Candidate, ...]:
         if self._kind != "cuda":
             return found
-        called = [link.index for link in owner.links if link.called] if owner is not None else []
-        return memory.affordable(found, self._regions, torch.cuda.mem_get_info()[0], called)
+        started = [link.index for link in owner.links if link.started] if owner is not None else []
+        return memory.affordable(found, self._regions, torch.cuda.mem_get_info()[0], started)
 
     def _tuning(self, special: Special, owner: Coordinator | None, entry: Entry | None) -> Tuning:
         epoch, is_first = special.epoch, True
@@ -259,7 +260,7 @@ class Planner:
 
 def _is_lasting(failure: Exception) -> bool:
     """Whether what could not be captured never can be; memory and parameters that move are another run's affair."""
-    return not isinstance(failure, (torch.OutOfMemoryError, NotShippable))
+    return not lacks_memory(failure) and not isinstance(failure, NotShippable)
 
 
 def _wants_same_bits() -> bool:

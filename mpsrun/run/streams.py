@@ -21,7 +21,7 @@ LaneValues = Sequence[tuple[int, Sequence[Any]]]
 # By lane, where its share of the multiprocessors starts and how large it is, in percent; all others have the whole GPU.
 Places = Mapping[int, tuple[int, int]]
 MAIN = 0
-_streams: dict[tuple[torch.device, int, tuple[int, int]], torch.cuda.Stream] = {}
+_streams: dict[tuple[torch.device, bool, int, tuple[int, int]], torch.cuda.Stream] = {}
 
 
 class Sides(Protocol):
@@ -35,7 +35,10 @@ class Sides(Protocol):
 
 
 class CudaSides:
-    """Side streams of one GPU; all regions use the same ones."""
+    """Side streams of one GPU; all regions use the same ones, but what is recorded has others.
+
+    While one thread records, another may run the same network op by op.
+    """
 
     def __init__(self, device: torch.device, inputs: LaneValues, places: Places, apart: bool) -> None:
         """Start the lanes of `inputs`, which are what each of them reads.
@@ -45,7 +48,8 @@ class CudaSides:
         """
         self._apart = apart
         self._main = torch.cuda.current_stream(device)
-        self._sides = {lane: _stream(device, lane, places.get(lane, WHOLE)) for lane, _ in inputs}
+        records = torch.cuda.is_current_stream_capturing()
+        self._sides = {lane: _stream(device, records, lane, places.get(lane, WHOLE)) for lane, _ in inputs}
         fork = self._main.record_event()
         for lane, values in inputs:
             self._sides[lane].wait_event(fork)
@@ -79,15 +83,16 @@ def open_sides(device: torch.device, inputs: LaneValues, places: Places, apart: 
     return CudaSides(device, inputs, places, apart) if device.type == "cuda" else OneOrder()
 
 
-def side_streams(device: torch.device) -> list[torch.cuda.Stream]:
-    """Those of a device that were used so far."""
-    return [stream for (where, *_), stream in _streams.items() if where == device]
+def captured_streams(device: torch.device) -> list[torch.cuda.Stream]:
+    """Those of a device that something was recorded on so far."""
+    return [stream for (where, records, *_), stream in _streams.items() if where == device and records]
 
 
-def _stream(device: torch.device, lane: int, place: tuple[int, int]) -> torch.cuda.Stream:
-    key = device, lane, place
+def _stream(device: torch.device, records: bool, lane: int, place: tuple[int, int]) -> torch.cuda.Stream:
+    key = device, records, lane, place
     if key not in _streams:
-        _streams[key] = stream_on(device, lane, place)
+        for use in (False, True):  # at once, so that none is made while something is recorded
+            _streams[device, use, lane, place] = stream_on(device, lane, place)
     return _streams[key]
 
 

@@ -19,13 +19,12 @@ from mpsrun.graph.program import validate
 from mpsrun.launch.error_file import leave_error
 from mpsrun.run.executor import Executor, Job
 from mpsrun.run.recorder import Recording, recorder
+from mpsrun.run.shortage import lacks_memory
 from mpsrun.run.state import apply_flags, flags
 from mpsrun.wire import messages as m
 from mpsrun.wire.channel import WorkerChannel
 
 POLL_S = 1.0
-# What libraries say instead of torch.OutOfMemoryError: the CUDA runtime, cuBLAS and cuDNN, torch's allocator on a CPU.
-NO_MEMORY = ("CUDA error: out of memory", "STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
 SPIN_S = 0.002  # longer than what lies between two messages of one step
 FOREVER_S = 1e9  # a GPU-side wait; the watchdog of the lead ends it
 
@@ -290,11 +289,6 @@ class Worker:
         leave_error(config.current().error_file(f"worker {self.index}"), error)
         report = m.Failed(self.index, seq, type(error).__name__, str(error), text, self.generation)
         self.channel.send(report)
-
-
-def lacks_memory(error: RuntimeError) -> bool:
-    """Whether an error says that there was no memory, which leaves the process and its device as they were."""
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in NO_MEMORY)
 
 
 def main(index: int, generation: int) -> None:

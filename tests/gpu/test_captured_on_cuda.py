@@ -3,6 +3,7 @@
 import copy
 import gc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from mpsrun.run.streams import CudaSides
 
 pytestmark = pytest.mark.gpu
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
+LONG = 20_000_000  # cycles of the GPU: some 10 ms
 
 
 @pytest.fixture(autouse=True)
@@ -208,6 +210,82 @@ def test_no_room_beside_a_recording(
     losses(on_captured(Three(64).to("cuda")), 4)
     assert made[0].replays == 0
     assert "a recording and a step beside it" in capfd.readouterr().err
+
+
+def test_random_numbers_of_steps_that_are_recorded_behind_others(daemon: None, made: list[Captured]) -> None:
+    """What is still to be computed draws from where its own step was in the sequence."""
+    torch.manual_seed(0)
+    plain = Noisy().to("cuda", torch.float64)
+    seen = []
+    for model in (plain, on_captured(copy.deepcopy(plain))):
+        torch.manual_seed(1)
+        found = []
+        for _ in range(10):
+            torch.cuda._sleep(LONG)
+            loss = model(torch.ones(16, 6, device="cuda", dtype=torch.float64)).square().mean()
+            loss.backward()
+            found.append(loss.detach())
+            model.zero_grad()
+        seen.append(torch.stack(found))
+    torch.testing.assert_close(seen[1], seen[0], **EXACT)
+    assert made[0].replays == 8
+
+
+def test_two_streams_that_nobody_orders(daemon: None, made: list[Captured]) -> None:
+    """The second call has to wait until the first has read its inputs."""
+    torch.manual_seed(0)
+    plain = Three(64).to("cuda", torch.float64)
+    fast = on_captured(copy.deepcopy(plain))
+    batches = [torch.randn(16, 6, device="cuda", dtype=torch.float64) for _ in range(8)]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    found = []
+    with torch.no_grad():
+        for i, batch in enumerate(batches):
+            with torch.cuda.stream(streams[i % 2]):
+                torch.cuda._sleep(LONG * (i % 2))
+                found.append(fast(batch))
+        torch.cuda.synchronize()
+        for got, batch in zip(found, batches, strict=True):
+            torch.testing.assert_close(got, plain(batch), **EXACT)
+    assert made[0].replays == 6
+
+
+def test_one_thread_records_while_another_runs_op_by_op(daemon: None, made: list[Captured]) -> None:
+    torch.manual_seed(0)
+    plain = Three(64).to("cuda", torch.float64)
+    fast = on_captured(copy.deepcopy(plain))
+    batches = [torch.randn(16, 6, device="cuda", dtype=torch.float64) for _ in range(40)]
+    torch.cuda.synchronize()
+
+    def evaluated(of: list[Tensor]) -> list[Tensor]:
+        with torch.cuda.stream(torch.cuda.Stream()), torch.no_grad():
+            found = [fast(batch) for batch in of]
+            torch.cuda.current_stream().synchronize()
+            return found
+
+    with ThreadPoolExecutor(2) as threads:
+        found = [result for half in threads.map(evaluated, (batches[:20], batches[20:])) for result in half]
+    with torch.no_grad():
+        for got, batch in zip(found, batches, strict=True):
+            torch.testing.assert_close(got, plain(batch), **EXACT)
+    assert made[0].replays
+
+
+def test_a_recording_outlives_those_before_it(daemon: None) -> None:
+    """With their memory goes what cuBLAS had of it; here it splits a long sum, for which it needs some."""
+    made = CudaRecorder(torch.device("cuda", torch.cuda.current_device()))
+    long = torch.randn(64, 1 << 18, device="cuda")
+    (long @ long.T).sum().item()  # cuBLAS is there
+    first, second = made.record(lambda: long @ long.T), made.record(lambda: long @ long.T)
+    first.replay()
+    wanted = second.replay().clone()
+    del first
+    gc.collect()
+    torch.cuda.empty_cache()
+    blocks = [torch.full((1 << 20,), torch.nan, device="cuda") for _ in range(64)]
+    assert torch.equal(second.replay(), wanted)
+    assert all(block.isnan().all() for block in blocks)
 
 
 def test_large_gradients_stay_valid(daemon: None, made: list[Captured]) -> None:

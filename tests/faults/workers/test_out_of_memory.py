@@ -13,7 +13,7 @@ from transparency import TOLERANCE
 
 import mpsrun
 from mpsrun.run.coordinator import Coordinator
-from mpsrun.run.worker import lacks_memory
+from mpsrun.run.shortage import lacks_memory
 from tests.faults.workers.conftest import SPARE_S, Orders, Training, batch
 
 SAID = "runs in the lead from now on: no memory in worker 1: planted: no memory"

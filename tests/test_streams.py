@@ -1,0 +1,40 @@
+"""Which side streams a region forks into, on streams that are made up."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mpsrun.run import streams
+
+DEVICE = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[Any, Any]]:
+    """The streams that were made."""
+    made: dict[Any, Any] = {}
+    monkeypatch.setattr(streams, "_streams", made)
+    monkeypatch.setattr(streams, "stream_on", lambda *_: SimpleNamespace(wait_event=lambda _event: None))
+    main = SimpleNamespace(record_event=lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: main)
+    return made
+
+
+def sides(monkeypatch: pytest.MonkeyPatch, records: bool) -> list[Any]:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: records)
+    return [*streams.CudaSides(DEVICE, [(-1, ()), (-2, ())], {}, apart=False)._sides.values()]
+
+
+def test_what_is_recorded_has_streams_of_its_own(monkeypatch: pytest.MonkeyPatch, known: dict[Any, Any]) -> None:
+    """Another thread may run the same network op by op meanwhile, whose work must not get into the recording."""
+    plain = sides(monkeypatch, records=False)
+    made = len(known)
+    recorded = sides(monkeypatch, records=True)
+    assert len(known) == made == 4, "none is made while something is recorded"
+    assert len({*map(id, plain)} | {*map(id, recorded)}) == 4
+    assert sides(monkeypatch, records=True) == recorded
+    assert streams.captured_streams(DEVICE) == recorded
+    assert streams.captured_streams(torch.device("cuda", 1)) == []
