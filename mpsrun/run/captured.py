@@ -96,15 +96,9 @@ class Captured:
 
     def _drop_failed(self) -> None:
         """Recordings whose backward could not be recorded do not serve again: others may, or one without thrift."""
-        failed = [body for body in self._bodies if body.failed is not None]
-        for body in failed:
+        for body, error in [(body, body.failed) for body in self._bodies if body.failed is not None]:
             self._bodies.remove(body)
-            if body.thrift.frees:
-                self._spend()
-            elif self._bodies:  # there is no room for one more
-                self._most = len(self._bodies)
-            elif body.failed is not None:
-                self._give_up(body.failed)
+            self._fail(body.thrift, error)
 
     def _are_merely_old(self, stale: Sequence[Body], args: tuple[Any, ...], settings: Settings) -> bool:
         """Whether one of these would serve, had the recording of another graph on the device not failed since."""
@@ -121,12 +115,7 @@ class Captured:
         except NotNow:
             return None
         except (RuntimeError, NotShippable) as error:
-            if thrift.frees:
-                self._spend()
-            elif self._bodies:  # there is no room for one more
-                self._most = len(self._bodies)
-            else:
-                self._give_up(error)
+            self._fail(thrift, error)
             return None
         if self._recorder.era != settings[2]:  # another thread may have changed it
             return None
@@ -151,6 +140,15 @@ class Captured:
         else:
             return False
         return True
+
+    def _fail(self, thrift: Thrift, error: Exception) -> None:
+        """What was not recorded is not tried again in this way: not with thrift, not beside those that there are."""
+        if thrift.frees:
+            self._spend()
+        elif self._bodies:
+            self._most = len(self._bodies)
+        else:
+            self._give_up(error)
 
     def _spend(self) -> None:
         """No thrift any more."""
