@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import psutil
 
@@ -17,9 +16,9 @@ from mpsrun.daemon import logs, states
 from mpsrun.daemon.notify import notify
 from mpsrun.daemon.settings import Settings
 from mpsrun.errors import UsageError
-from mpsrun.log import say
+from mpsrun.log import last_line, say
 from mpsrun.mps.control import CONTROL, LOG_DIRECTORY, PIPE_DIRECTORY, SERVER, Control, ControlError
-from mpsrun.mps.identity import Identity, command_of
+from mpsrun.mps.identity import Identity, command_of, strings_of
 from mpsrun.mps.places import Client, Places, Record
 
 CONTROL_LOG = "control-daemon.log"  # what the control daemon prints, beside the control.log that it writes itself
@@ -115,7 +114,7 @@ class _Daemon:
 
     def _control_lives(self) -> bool:
         if self._process is not None and self._process.poll() is not None:
-            self._error = _last_line(self._places.log_dir / CONTROL_LOG)
+            self._error = last_line(self._places.log_dir / CONTROL_LOG)
             self._process = None
         if self._identity is not None and not self._identity.lives:
             self._identity = None
@@ -126,7 +125,7 @@ class _Daemon:
         """Return the servers of this pipe directory; one may have come since the last look at a daemon now dead."""
         wanted = f"{PIPE_DIRECTORY}={self._places.pipe_dir}"
         found = [process.pid for process in psutil.process_iter() if SERVER in command_of(process.pid)]
-        ours = (Identity.of(pid) for pid in found if wanted in _environ(pid))
+        ours = (Identity.of(pid) for pid in found if wanted in strings_of(pid, "environ"))
         return [server for server in ours if server is not None]
 
     def _is_time_to_ask(self) -> bool:
@@ -259,21 +258,6 @@ class _Daemon:
             notify(f"STATUS={phase}: {self._state.why}")
 
 
-def _environ(pid: int) -> list[str]:
-    try:
-        return os.fsdecode(Path(f"/proc/{pid}/environ").read_bytes()).split("\0")
-    except OSError:  # it ended, or is another user's
-        return []
-
-
 def _who(places: Places) -> str:
     record = places.last_record()
     return f"pid {record.daemon.pid}" if record is not None else "one that is just starting"
-
-
-def _last_line(path: Path) -> str:
-    try:
-        lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    except OSError:
-        lines = []
-    return lines[-1] if lines else "it said nothing"

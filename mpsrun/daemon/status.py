@@ -1,14 +1,12 @@
 """Who uses the daemon: server state, clients by pid and command, their part of the SMs, their memory."""
 
-import os
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 import msgspec
 
 from mpsrun.mps.control import Control, ControlError
-from mpsrun.mps.identity import command_of
+from mpsrun.mps.identity import command_of, strings_of
 from mpsrun.mps.places import Places
 
 _SHARE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
@@ -117,9 +115,8 @@ def _servers(control: Control, memory_mib: Mapping[int, int]) -> tuple[ServerSta
 
 def _share_of(pid: int, server_percent: float) -> float | None:
     """Return the smaller of a client's own setting and its server's; None where its environment is not ours to see."""
-    try:
-        words = os.fsdecode(Path(f"/proc/{pid}/environ").read_bytes()).split("\0")
-    except OSError:
+    words = strings_of(pid, "environ")
+    if not words:
         return None
     own = next((word.partition("=")[2] for word in words if word.startswith(f"{_SHARE}=")), "")
     try:

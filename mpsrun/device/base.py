@@ -77,10 +77,11 @@ class Device(Protocol):
     """Shared memory and order between processes on one device.
 
     Counters are 32-bit words in a chunk that every process maps; a counter only grows. `signal` and `wait` act in
-    the order of the current CUDA stream on a GPU, and at once on a CPU.
+    the order of the current CUDA stream on a GPU, and at once on a CPU. where: the device as torch names it.
     """
 
     kind: str
+    where: torch.device
 
     def new_chunk(self, size_bytes: int) -> Chunk:
         """A fresh, zeroed chunk, readable and writable by every process that maps its handle."""

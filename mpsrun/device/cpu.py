@@ -46,6 +46,7 @@ class CpuDevice:
     """Shared memory through memfd: it needs no room in /dev/shm and dies with the last process that maps it."""
 
     kind = "cpu"
+    where = torch.device("cpu")
 
     def __init__(self) -> None:
         self._futex = Futex()

@@ -63,6 +63,7 @@ class CudaDevice:
         torch.cuda.init()
         torch.empty(1, device="cuda")  # the driver calls below need a current context
         self.index = index
+        self.where = torch.device("cuda", index)
         self._ids = itertools.count()
         self._own: set[int] = set()  # addresses of the chunks that this process allocated
         self._exports: dict[int, tuple[int, ChunkHandle]] = {}  # address and handle, by buffer id of the driver
@@ -78,7 +79,7 @@ class CudaDevice:
         self._streams: dict[tuple[int, int], torch.cuda.Stream] = {}  # by share
 
     def new_chunk(self, size_bytes: int) -> Chunk:
-        torch.zeros(1, device=torch.device("cuda", self.index))  # makes the context current in a thread that is new
+        torch.zeros(1, device=self.where)  # makes the context current in a thread that is new
         status, address = driver.cuMemAlloc(size_bytes)
         if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             torch.cuda.empty_cache()
@@ -114,7 +115,7 @@ class CudaDevice:
             _call("cuIpcCloseMemHandle", driver.cuIpcCloseMemHandle(chunk.owner))
 
     def _tensor(self, address: int, size_bytes: int) -> torch.Tensor:
-        return torch.as_tensor(_Span(address, size_bytes), device=torch.device("cuda", self.index))
+        return torch.as_tensor(_Span(address, size_bytes), device=self.where)
 
     def _handle(self, address: int, size_bytes: int) -> ChunkHandle:
         raw = _call("cuIpcGetMemHandle", driver.cuIpcGetMemHandle(address))
@@ -138,7 +139,7 @@ class CudaDevice:
 
     def _export(self, tensor: torch.Tensor) -> TensorRef:
         address = tensor.data_ptr()
-        if tensor.device != torch.device("cuda", self.index) or not address:
+        if tensor.device != self.where or not address:
             raise NotShippable(f"a tensor on {tensor.device} cannot be shared with workers on cuda:{self.index}")
         status, base, size_bytes = driver.cuMemGetAddressRange(address)
         if status != driver.CUresult.CUDA_SUCCESS:
@@ -251,7 +252,7 @@ class CudaDevice:
             yield
             return
         if place not in self._streams:
-            self._streams[place] = stream_on(torch.device("cuda", self.index), WORKER, place)
+            self._streams[place] = stream_on(self.where, WORKER, place)
         outside, inside = torch.cuda.current_stream(self.index), self._streams[place]
         inside.wait_stream(outside)
         try:

@@ -13,7 +13,7 @@ from mpsrun.launch import error_file, leftovers
 from mpsrun.launch.ending import Release, end
 from mpsrun.launch.failures import Failure, failure, signal_name
 from mpsrun.launch.spawn import spawn_worker
-from mpsrun.log import say
+from mpsrun.log import last_line, say
 
 BACK_OFF_S = (0.0, 2.0, 8.0)  # before each start after the first; the last one holds for all later ones
 _OWN_LOOK_S = 0.2
@@ -109,14 +109,7 @@ class Worker:
 
     def _how_it_ended(self, status: int) -> str:
         how = f"was killed by {signal_name(-status)}" if status < 0 else f"ended with status {status}"
-        return f"{self.role} (pid {self.process.pid}) {how}; last line of {self.log}: {self._last_line()}"
-
-    def _last_line(self) -> str:
-        try:
-            lines = self.log.read_text(errors="replace").split("\n")
-        except OSError:
-            lines = []
-        return next((line.strip() for line in reversed(lines) if line.strip()), "(empty)")
+        return f"{self.role} (pid {self.process.pid}) {how}; last line of {self.log}: {last_line(self.log)}"
 
 
 @contextlib.contextmanager

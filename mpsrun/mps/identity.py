@@ -71,11 +71,16 @@ def stat_fields(pid: int) -> list[str]:
         return []
 
 
+def strings_of(pid: int, name: str) -> list[str]:
+    """Return the strings of /proc/PID/cmdline or environ; none where it has ended, or is another user's."""
+    try:
+        return os.fsdecode(Path(f"/proc/{pid}/{name}").read_bytes()).split("\0")
+    except OSError:
+        return []
+
+
 def command_of(pid: int) -> str:
     """Return the command line of a process, in at most 100 characters; empty where it cannot be read."""
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return ""
-    text = " ".join(os.fsdecode(word) for word in words if word).encode("ascii", "backslashreplace").decode()
+    words = strings_of(pid, "cmdline")
+    text = " ".join(word for word in words if word).encode("ascii", "backslashreplace").decode()
     return text if len(text) <= 100 else f"{text[:99]}…"

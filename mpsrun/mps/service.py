@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from mpsrun.errors import MpsrunError
+from mpsrun.log import last_line
 from mpsrun.mps import strays
 from mpsrun.mps.control import Control, ControlError
 
@@ -157,7 +158,7 @@ def wait_ready(guard: "subprocess.Popen[bytes]", control: Control, log_dir: Path
     deadline = time.monotonic() + START_S
     while not control.is_reachable():
         if guard.poll() is not None:
-            raise MpsrunError(f"the CUDA MPS daemon ended at its start: {_last_line(log_dir / GUARD_LOG)}")
+            raise MpsrunError(f"the CUDA MPS daemon ended at its start: {last_line(log_dir / GUARD_LOG)}")
         if time.monotonic() > deadline:
             raise MpsrunError(f"the CUDA MPS daemon did not answer within {START_S:g} s")
         if ending_is_pending():
@@ -185,8 +186,3 @@ def _lives(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def _last_line(path: Path) -> str:
-    lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"

@@ -1,12 +1,12 @@
 """Finds the processes of a CUDA MPS by the pipe directory that they were started with, and ends them."""
 
 import contextlib
-import os
 from pathlib import Path
 
 import psutil
 
 from mpsrun.mps.control import CONTROL, PIPE_DIRECTORY, SERVER
+from mpsrun.mps.identity import strings_of
 
 GUARD_ROLE = "mps-daemon"  # the word on the command line of a guard, see guard.py
 _KILL_S = 2.0
@@ -37,7 +37,7 @@ def _of(pipe_dir: Path) -> list[psutil.Process]:
     wanted = f"{PIPE_DIRECTORY}={pipe_dir}"
     found = []
     for pid in (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()):
-        if {CONTROL, SERVER, GUARD_ROLE} & _names(pid) and wanted in _read(pid, "environ"):
+        if {CONTROL, SERVER, GUARD_ROLE} & _names(pid) and wanted in strings_of(pid, "environ"):
             with contextlib.suppress(psutil.NoSuchProcess):
                 found.append(psutil.Process(pid))
     return found
@@ -45,14 +45,6 @@ def _of(pipe_dir: Path) -> list[psutil.Process]:
 
 def _names(pid: int) -> set[str]:
     """Return the names of program and script, and a guard's role; no name among other programs' arguments."""
-    words = _read(pid, "cmdline")
+    words = strings_of(pid, "cmdline")
     programs = {Path(word).name.strip() for word in words[:2]}
     return programs | ({GUARD_ROLE} & set(words[-3:]))
-
-
-def _read(pid: int, name: str) -> list[str]:
-    """Return the strings of a file that the kernel shows of our own processes; none for others."""
-    try:
-        return os.fsdecode(Path(f"/proc/{pid}/{name}").read_bytes()).split("\0")
-    except OSError:
-        return []

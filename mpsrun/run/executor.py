@@ -250,6 +250,5 @@ def _grad(
 
 def _zeros(place: Place, device: Device) -> torch.Tensor:
     ref = place.tensor
-    where = torch.device("cuda", device.index) if device.kind == "cuda" else torch.device("cpu")  # type: ignore[attr-defined]
-    tensor = torch.empty_strided(ref.shape, ref.stride, dtype=getattr(torch, ref.dtype), device=where)
+    tensor = torch.empty_strided(ref.shape, ref.stride, dtype=getattr(torch, ref.dtype), device=device.where)
     return tensor.zero_()

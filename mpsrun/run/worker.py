@@ -219,8 +219,7 @@ class Worker:
         self.channel.send(m.Recorded(self.index, message.relay, reason, self.generation))
 
     def _recorded(self, message: m.Record) -> _Relay:
-        where = torch.device("cuda", self.device.index) if self.device.kind == "cuda" else torch.device("cpu")  # type: ignore[attr-defined]
-        maker = recorder(where)
+        maker = recorder(self.device.where)
         maker.make_room()
         forwards = [step for step in message.steps if isinstance(step, m.Forward)]
         jobs = {s.layout: self.executor.jobs[self.executor.layouts[s.layout].job].fixed() for s in forwards}
