@@ -132,3 +132,39 @@ def test_evaluation_that_stays_in_the_lead_decides_nothing(discovery: Discovery)
     for _ in range(3):
         network(x).sum().backward()
     assert any(graph.calls and not graph.plain for graph in report.graphs)
+
+
+class Chain(nn.Module):
+    """Nothing of it can use a lane."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)) for _ in range(3))).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def test_a_network_that_runs_plain_is_one_all_the_same(discovery: Discovery, capfd: pytest.CaptureFixture[str]) -> None:
+    """What it calls is not looked at in its place, as in steps that accumulate gradients before the second update."""
+    models = [Chain(), Chain()]
+    for _ in range(8):
+        for model in models:
+            model(batch()).sum().backward()
+    assert searching()
+    said = capfd.readouterr().err.splitlines()
+    assert said == ["mpsrun: Chain runs plain: nothing of it can use a lane (--verbose says why)"] * 2
+    assert not report.graphs or all(graph.plain for graph in report.graphs)
+    models[0].layers(batch()).sum().backward()  # called by the script itself, this is one
+    models[0].layers(batch()).sum().backward()
+    assert "Sequential runs plain" in capfd.readouterr().err
+
+
+def test_what_a_resting_network_calls_is_no_network(discovery: Discovery, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Three().double()
+    for _ in range(3):
+        model(batch()).sum().backward()
+    monkeypatch.setattr(in_place, "looked_through", lambda: True)
+    model(batch()).sum().backward()
+    assert "_compiled_call_impl" in vars(model)
+    assert not any("_compiled_call_impl" in vars(inner) for inner in model.children())

@@ -7,7 +7,7 @@ While it is installed, `torch.nn.Module` has a class-wide `_compiled_call_impl`,
 from __future__ import annotations
 
 import sys
-import threading
+import weakref
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from mpsrun.run.in_place import compile_in_place, hide, looked_through
+from mpsrun.run.in_place import called_plainly, compile_in_place, hide, inside, looked_through
 
 DONE_STEPS = 2  # optimizer steps after which every network of a training step has been called
 
@@ -29,7 +29,7 @@ class Discovery:
     """Runs the first call of each outermost module plain, and compiles it in place for the calls after."""
 
     def __init__(self) -> None:
-        self._thread = threading.local()
+        self._found: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._steps = 0
         self._step_hook: Any = None
 
@@ -53,15 +53,14 @@ class Discovery:
             self._step_hook = None
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The call of any module that has not been compiled."""
-        if getattr(self._thread, "inside", False) or not _is_network(module):
+        """The call of any module that is not compiled, be it that it runs plain since it was."""
+        if inside.network or not _is_network(module):
             return module._call_impl(*args, **kwargs)
-        self._thread.inside = True
-        try:
-            result = module._call_impl(*args, **kwargs)
-        finally:
-            self._thread.inside = False
-        compile_in_place(_core(module))
+        result = called_plainly(module, args, kwargs)
+        network = _core(module)
+        if network not in self._found:
+            self._found.add(network)
+            compile_in_place(network)
         return result
 
     def _stepped(self, *_: Any) -> None:

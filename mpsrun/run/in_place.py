@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -39,6 +40,24 @@ DYNAMO = {
 CHANGED = (*DYNAMO, "recompile_limit", "accumulated_recompile_limit")
 
 
+class _Inside(threading.local):
+    """Whether this thread is in a plain call of a network: what that calls belongs to it, and is no network."""
+
+    network = False
+
+
+inside = _Inside()
+
+
+def called_plainly(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The plain call of a network."""
+    before, inside.network = inside.network, True
+    try:
+        return module._call_impl(*args, **kwargs)
+    finally:
+        inside.network = before
+
+
 def compile_in_place(module: nn.Module, options: Mapping[str, Any] | None = None) -> None:
     """Compile a module's call with this backend and its options. Names in its `state_dict` do not change."""
     if module.__dict__.get("_compiled_call_impl") is not None:
@@ -51,7 +70,7 @@ def compile_in_place(module: nn.Module, options: Mapping[str, Any] | None = None
     def call(*args: Any, **kwargs: Any) -> Any:
         if callable(get_eval_frame_callback()):  # a `torch.compile` of the script's is at work, and would look in here
             return module._call_impl(*args, **kwargs)
-        return ours(*args, **kwargs)
+        return ours(args, kwargs)
 
     hide(call)
     module._compiled_call_impl = call  # a function: torch.jit.script would try to make sense of anything else
@@ -74,9 +93,9 @@ class _Call:
         self._rests, self._looked_s = False, 0.0
         self._told: set[str] = set()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if looked_through() or self._odd(*args, *kwargs.values()) or (self._rests and not self._wakes()):
-            return self._module._call_impl(*args, **kwargs)
+            return called_plainly(self._module, args, kwargs)
         entered, known = backend.calls.entered, len(report.graphs)
         result = self._compiled(*args, **kwargs)
         self._graphs += report.graphs[known:]
@@ -127,7 +146,7 @@ class _Call:
             self._give_up("nothing of it can use a lane (--verbose says why)", log.say)
 
     def _give_up(self, reason: str, say: Callable[[str], None] = log.detail) -> None:
-        self._module._compiled_call_impl = None
+        self._module.__dict__.pop("_compiled_call_impl", None)  # what the class has sees to what it calls
         say(f"{type(self._module).__name__} runs plain: {reason}")
 
     def _odd(self, *values: Any) -> bool:
