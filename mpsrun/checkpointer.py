@@ -64,13 +64,18 @@ class Checkpointer:
         self._rng: State | None = None  # to be restored when the loop has come to where it was
         self._generators: list[torch.Generator] = []  # the data loader's own
         self._is_proven = False
-        self._path.mkdir(parents=True, exist_ok=True)
+        self._written = 0  # the step of the last checkpoint
+        try:
+            self._path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"expected a directory for checkpoints at {self._path}, found: {error}") from error
         for left in self._path.glob("*.part"):  # of a process that was ended while it wrote
             left.unlink(missing_ok=True)
         self._load()
 
     def epochs(self, count: int) -> Iterator[int]:
-        """Yield the numbers of the epochs that are still to be done, of `count` in all."""
+        """Yield the numbers of the epochs still to be done, of `count` in all; then write a last checkpoint."""
+        self._tell_if_done(self._epoch >= count)
         while self._epoch < count:
             epoch = self._epoch
             if not self._batch:
@@ -78,6 +83,7 @@ class Checkpointer:
             yield epoch
             if self._epoch == epoch:  # nothing was read through `batches`
                 self._end_epoch()
+        self._finish()
 
     def batches(self, loader: Iterable[Item]) -> Iterator[Item]:
         """Yield the batches of one epoch that are still to be done; a step is done when the next one is asked for.
@@ -103,10 +109,12 @@ class Checkpointer:
 
     def steps(self, count: int) -> Iterator[int]:
         """Yield the numbers of the steps that are still to be done, of `count` in all: for loops without epochs."""
+        self._tell_if_done(self.step >= count)
         self._restore_rng()
         while self.step < count:
             yield self.step
             self._end_step()
+        self._finish()
 
     def save(self) -> None:
         """Write a checkpoint now. Where that fails, one line says so, and the older ones stay."""
@@ -120,6 +128,7 @@ class Checkpointer:
             log.say(f"expected to write a checkpoint of step {self.step} to {self._path}, found: {error}; going on")
             part.unlink(missing_ok=True)
             return
+        self._written = self.step
         for old, _ in self._found()[self._keep :]:
             old.unlink(missing_ok=True)
 
@@ -151,6 +160,15 @@ class Checkpointer:
         self._batch += 1
         if self.step % self._every == 0:
             self.save()
+
+    def _finish(self) -> None:
+        """Keep what was done since the last checkpoint."""
+        if self.step != self._written:
+            self.save()
+
+    def _tell_if_done(self, is_done: bool) -> None:
+        if is_done and self.step:
+            log.say(f"all of this training was done before, in {self.step} steps; nothing is left to do")
 
     def _end_epoch(self) -> None:
         self._epoch += 1
@@ -184,6 +202,7 @@ class Checkpointer:
         for part, saved in zip(self._parts, state["parts"], strict=True):
             part.load_state_dict(saved)
         self.step, self._epoch, self._batch = state["step"], state["epoch"], state["batch"]
+        self._written = self.step
         self._epoch_rng, self._rng = state["epoch_rng"], state["rng"]
         log.say(f"going on from step {self.step}: {path}")
 

@@ -154,6 +154,11 @@ def _refuse_without_effect(values: Mapping[str, Any]) -> None:
         ("--tune-convolutions", values.get("tune_convolutions", False), ("auto",)),
         ("--adapt on", values.get("adapt") == "on", ("auto",)),
         ("--plan", values.get("plan") is not None, ("auto",)),
+        (
+            "--save-plan",
+            values.get("save_plan") is not None,
+            tuple(kind for kind in get_args(Lanes) if kind != "serial"),
+        ),
     ):
         if is_given and lanes not in useful:
             known = " or ".join(useful)
@@ -197,7 +202,8 @@ def _explains(words: Sequence[str]) -> bool:
 def _option(name: str, explains: bool) -> tuple[str, Callable[[str, str], Any] | None]:
     field = name.removeprefix("--").replace("-", "_")
     if name.startswith("--") and field in _OF_EXPLAIN and not explains:
-        raise UsageError(f"expected {name} after explain only, found it without; use mpsrun explain {name} train.py")
+        usage = f"mpsrun explain {name}{'' if _OPTIONS[field] is None else ' N'} train.py"
+        raise UsageError(f"expected {name} after explain only, found it without; use {usage}")
     if not name.startswith("--") or field not in _OPTIONS:
         raise UsageError(f"expected an option of mpsrun or a script, found {name!r}; see mpsrun --help")
     return _FIELDS.get(field, field), _OPTIONS[field]

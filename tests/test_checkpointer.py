@@ -65,6 +65,22 @@ def collect(path: Path, until: int, **options: Any) -> list[Tensor]:
     return seen
 
 
+def test_the_last_step_is_kept_whatever_the_rhythm(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert len(collect(tmp_path, -1, every=8)) == 21
+    assert max(path.name for path in tmp_path.iterdir()).startswith("step-0000000021-")
+    assert collect(tmp_path, -1, every=8) == []
+    assert "all of this training was done before, in 21 steps" in capfd.readouterr().err
+    model = nn.Linear(1, 1)
+    assert [*mpsrun.Checkpointer(tmp_path / "steps", model, every=100).steps(5)] == [0, 1, 2, 3, 4]
+    assert [*mpsrun.Checkpointer(tmp_path / "steps", model, every=100).steps(7)] == [5, 6]
+
+
+def test_a_file_in_the_place_of_the_directory(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(UsageError, match=r"expected a directory for checkpoints at .*checkpoints, found"):
+        mpsrun.Checkpointer(tmp_path / "checkpoints", nn.Linear(1, 1))
+
+
 @pytest.mark.parametrize("options", [{}, {"workers": 2}, {"own": True}], ids=str)
 @pytest.mark.parametrize("stops", [(1,), (7,), (3, 9, 10), (14, 20)], ids=str)
 def test_an_interrupted_run_equals_one_that_was_not(tmp_path: Path, options: Any, stops: tuple[int, ...]) -> None:

@@ -76,11 +76,12 @@ def times_of(cell: str) -> int:
 
 @pytest.mark.slow
 def test_an_example_that_is_started_again(tmp_path: Path) -> None:
-    """Ended in the middle of a step, it prints what it prints undisturbed."""
+    """Ended in the middle of a step, plain or on lanes, it prints what it prints undisturbed."""
     pytest.importorskip("sklearn")
     outputs = []
-    for name, more in (("whole", ()), ("ended", ("--fail-at", "30"))):
-        case = Example("resume.py", ("--checkpoints", str(tmp_path / name), *more), ("sklearn",), 0)
-        outputs.append(run(case, "-m", "mpsrun", "--lanes", "serial", "--max-restarts", "1").stdout)
+    for lanes, more in (("serial", ()), ("serial", ("--fail-at", "30")), ("workers", ("--fail-at", "30"))):
+        folder = tmp_path / str(len(outputs))
+        case = Example("resume.py", ("--checkpoints", str(folder), *more), ("sklearn",), 0)
+        outputs.append(run(case, "-m", "mpsrun", "--lanes", lanes, "--max-restarts", "1").stdout)
     assert outputs[0].count("epoch") == 2
-    assert outputs[0] == outputs[1]
+    assert outputs == [outputs[0]] * 3

@@ -19,6 +19,7 @@ import mpsrun
 from mpsrun.config import Config
 from mpsrun.plan import cost
 from mpsrun.run import explain
+from mpsrun.run.explain_tree import NOTHING
 from mpsrun.run.explanation import Explanation
 
 TESTS = Path(__file__).parent
@@ -248,7 +249,7 @@ def test_the_command_line_with_json_lanes_and_steps(runner: Runner) -> None:  # 
 
 def test_scripts_without_a_network_and_without_branches(runner: Runner) -> None:  # noqa: F811
     done = runner.mpsrun("explain", runner.script("print('hello')"))
-    assert (done.returncode, done.stdout) == (0, b"no network was called: nothing to explain\n")
+    assert (done.returncode, done.stdout) == (0, f"{NOTHING}\n".encode())
     chain = SCRIPT.replace("import GoogLeNet", "import ResidualChain as GoogLeNet").replace("4, 3, 6, 6", "5, 6")
     done = runner.mpsrun("explain", runner.script(chain), "3")
     assert done.returncode == 0, done.stderr

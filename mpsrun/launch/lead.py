@@ -38,6 +38,10 @@ def _watch_for_networks(ours: Config) -> None:
         from mpsrun.run import verify
 
         atexit.register(verify.say_rest)
+    if ours.save_plan is not None:
+        from mpsrun.run import plans
+
+        plans.save_at_exit()
     if ours.explain:
         explain.stop_after(ours.steps)
     if ours.capture == "off":

@@ -13,7 +13,7 @@ from rich.tree import Tree
 from mpsrun.run.explanation import Bound, BranchPart, CandidatePart, Explanation, PlanPart, RegionPart
 
 WIDTH = 150
-NOTHING = "no network was called: nothing to explain"
+NOTHING = "nothing to explain: no network was called a second time, or only such as run plain"
 
 
 def text_of(explanation: Explanation) -> str:

@@ -73,17 +73,21 @@ def pinned(name: str, regions: Sequence[Region], workers: int, means: Means) -> 
 def keep(name: str, description: str, plan: Plan) -> None:
     """Note the plan that a graph ended up with, for `--save-plan`."""
     global _saved
-    path = config.current().save_plan
-    if path is None:
-        return
-    if not _saved.graphs:
-        atexit.register(_write, os.getpid())
-    _saved = _saved.with_plan(name, description, plan)
+    if config.current().save_plan is not None:
+        _saved = _saved.with_plan(name, description, plan)
+
+
+def save_at_exit() -> None:
+    """Have the plans written once the script has ended."""
+    atexit.register(_write, os.getpid())
 
 
 def _write(pid: int) -> None:
     path = config.current().save_plan
     if path is None or os.getpid() != pid:  # a forked child has a copy
+        return
+    if not _saved.graphs:
+        log.say(f"no plan was written to {path}: there was nothing to plan in any network (--verbose says why)")
         return
     try:
         path.write_text(str(_saved))

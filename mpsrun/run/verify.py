@@ -132,7 +132,13 @@ def say_rest() -> None:
     for verification in _all:
         verification.say()
     if not _said:
-        log.say("nothing ran on lanes, so nothing was verified; --lanes workers forces every legal region onto them")
+        log.say(f"nothing of a compiled network ran on lanes, so nothing was verified; {_advice()}")
+
+
+def _advice() -> str:
+    if config.current().lanes == "auto":
+        return "--lanes workers forces every legal region onto them"
+    return "--verbose says why not (sets of Branches that are chosen with `active` are never compared)"
 
 
 def _stop(found: Sequence[Deviation], what: str) -> None:

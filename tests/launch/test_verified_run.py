@@ -66,4 +66,12 @@ def test_nothing_to_verify_is_said(runner: Runner, text: str) -> None:
     runner.script(text)
     done = runner.mpsrun("--verify", "2", "train.py")
     assert done.returncode == 0
-    assert b"nothing ran on lanes, so nothing was verified" in done.stderr
+    assert b"ran on lanes, so nothing was verified; --lanes workers forces" in done.stderr
+
+
+def test_no_plan_to_save_is_said(runner: Runner) -> None:
+    runner.script(NO_BRANCHES)
+    done = runner.mpsrun("--save-plan", "plan.txt", "train.py")
+    assert done.returncode == 0
+    assert b"no plan was written to" in done.stderr
+    assert not (runner.cwd / "plan.txt").exists()
