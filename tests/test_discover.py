@@ -168,3 +168,15 @@ def test_what_a_resting_network_calls_is_no_network(discovery: Discovery, monkey
     model(batch()).sum().backward()
     assert "_compiled_call_impl" in vars(model)
     assert not any("_compiled_call_impl" in vars(inner) for inner in model.children())
+
+
+def test_where_nothing_can_be_gained_the_first_network_is_told_of(capfd: pytest.CaptureFixture[str]) -> None:
+    """None is compiled, and no call is looked at any more."""
+    Discovery("no GPU").install()
+    wanted, model = nn.Linear(6, 1).double(), Three().double()
+    assert searching()
+    for network in (model, wanted):
+        network(batch())
+    assert not searching()
+    assert "_compiled_call_impl" not in vars(model)
+    assert capfd.readouterr().err == "mpsrun: no GPU: Three runs plain; --lanes workers tries lanes on the CPU\n"

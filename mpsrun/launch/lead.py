@@ -10,6 +10,7 @@ from mpsrun.errors import UsageError
 from mpsrun.launch import explain, script
 from mpsrun.launch.error_file import leave_error
 from mpsrun.launch.family import tie_to_parent, welcome_signals
+from mpsrun.launch.hardware import detect
 from mpsrun.launch.on_import import after_import
 from mpsrun.launch.target import Target
 from mpsrun.log import say
@@ -49,11 +50,18 @@ def _watch_for_networks(ours: Config) -> None:
     try:
         from mpsrun.run.discover import install
 
-        install()
+        install(_why_none(ours))
     except Exception as error:
         if ours.strict:
             raise
         say(f"cannot watch for networks, so the script runs plain ({type(error).__name__}: {error})")
+
+
+def _why_none(ours: Config) -> str | None:
+    """Why no plan but the plain one will be tried for any network, so that none need be compiled; None otherwise."""
+    asks = ours.plan is not None or ours.explain or ours.adapt == "on" or ours.verify or ours.verbose
+    hardware = detect()
+    return hardware.reason if hardware.kind == "cpu" and ours.lanes == "auto" and not asks else None
 
 
 def _check_plan() -> None:

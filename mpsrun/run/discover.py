@@ -15,20 +15,25 @@ from torch import nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from mpsrun import log
 from mpsrun.run.in_place import called_plainly, compile_in_place, hide, inside, looked_through
 
 DONE_STEPS = 2  # optimizer steps after which every network of a training step has been called
 
 
-def install() -> None:
-    """Start to look for networks. Takes itself away when done."""
-    Discovery().install()
+def install(why_none: str | None = None) -> None:
+    """Start to look for networks. Takes itself away when done.
+
+    why_none: why none of them is to be compiled, if so; then the first one is told of.
+    """
+    Discovery(why_none).install()
 
 
 class Discovery:
     """Runs the first call of each outermost module plain, and compiles it in place for the calls after."""
 
-    def __init__(self) -> None:
+    def __init__(self, why_none: str | None = None) -> None:
+        self._why_none = why_none
         self._found: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._steps = 0
         self._step_hook: Any = None
@@ -55,6 +60,10 @@ class Discovery:
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The call of any module that is not compiled, be it that it runs plain since it was."""
         if inside.network or not _is_network(module):
+            return module._call_impl(*args, **kwargs)
+        if self._why_none is not None:
+            self.remove()
+            log.say(f"{self._why_none}: {type(module).__name__} runs plain; --lanes workers tries lanes on the CPU")
             return module._call_impl(*args, **kwargs)
         result = called_plainly(module, args, kwargs)
         network = _core(module)
