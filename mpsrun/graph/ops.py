@@ -125,6 +125,9 @@ def _by_target() -> dict[Any, str]:
         if not name.startswith(("Tensor.", "attr.")):
             targets.setdefault(target, name)
     targets.update({operator.pow: "operator.pow", operator.ipow: "operator.ipow"})
+    # What Dynamo writes for these attributes from torch 2.14 on.
+    aten = torch.ops.aten
+    targets.update({aten.numpy_T: "attr.T", aten.mT: "attr.mT", aten.matrix_H: "attr.H", aten.mH: "attr.mH"})
     return targets
 
 
