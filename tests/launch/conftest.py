@@ -100,7 +100,14 @@ def runner(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def children(pid: int) -> list[psutil.Process]:
     """The living descendants of a process."""
     found = psutil.Process(pid).children(recursive=True)
-    return [process for process in found if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    return [process for process in found if _lives(process)]
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.fixture
