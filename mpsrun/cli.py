@@ -214,6 +214,10 @@ def _target(rest: Sequence[str]) -> Target:
     if not words or words == ["-m"] or words[0] == "-":
         found = "nothing after -m" if words == ["-m"] else "standard input" if words else "none"
         raise UsageError(f"expected a script or -m module, found {found}; usage: mpsrun [options] train.py [args...]")
+    if words[0] in _COMMANDS and rest[0] != "--" and not Path(words[0]).exists():
+        raise UsageError(
+            f"expected a script, found {words[0]} behind options; it comes first: mpsrun {words[0]} [options]"
+        )
     return Target.from_argv(words)
 
 
@@ -290,6 +294,7 @@ def _path_of_a_file(name: str, value: str) -> Path:
 
 _FIELDS = {"timeout": "timeout_s", "json": "explain"}
 _OF_EXPLAIN = ("json", "steps")
+_COMMANDS = ("explain", "doctor", "daemon")
 _OPTIONS: dict[str, Callable[[str, str], Any] | None] = {
     "workers": _workers,
     "lanes": _choice(*get_args(Lanes)),

@@ -85,6 +85,8 @@ WRONG = [
     (["explain", "--json=yes", "t.py"], "--json alone"),
     (["explain", "--nosuch", "t.py"], "'--nosuch'"),
     (["--json", "t.py"], "--json after explain only"),
+    (["--verbose", "explain", "t.py"], "found explain behind options; it comes first: mpsrun explain [options]"),
+    (["--verbose", "doctor"], "found doctor behind options"),
     (["--steps", "3", "t.py"], "--steps after explain only"),
 ]
 
@@ -102,7 +104,7 @@ def test_explain_comes_first_and_has_options_of_its_own() -> None:
     assert config == Config(explain="json", steps=7, workers=2)
     assert target == Target("script", "t.py", ("--json",))
     assert parse(["explain", "-m", "a.b"]) == (Config(explain="text"), Target("module", "a.b"))
-    for words in (["--", "explain"], ["./explain"], ["--verbose", "explain"]):
+    for words in (["--", "explain"], ["./explain"]):
         assert parse(words)[0].explain == ""
         assert parse(words)[1].name == words[-1]
 
