@@ -7,7 +7,7 @@ import pytest
 from captures import Failing, Pair, noted, on_captured, step, three, two_forwards
 from torch import Tensor, nn
 
-from mpsrun.run import captured, replay
+from mpsrun.run import arguments, captured, replay
 from mpsrun.run.captured import NO_THRIFT, Captured
 from mpsrun.run.recorder import Recording, Repeater
 from mpsrun.run.replay import Body, Thrift
@@ -119,6 +119,7 @@ def test_what_a_replay_has_read_is_overwritten_behind_it(monkeypatch: pytest.Mon
         copy_all(targets, sources)
 
     monkeypatch.setattr("mpsrun.run.variant.recorder", lambda _device: Told())
-    monkeypatch.setattr(replay, "copy_all", copied)
+    for module in (arguments, replay):
+        monkeypatch.setattr(module, "copy_all", copied)
     Pair(on_captured, three, calls=4)
     assert told == ["waits", "copies", "replays"] * 4, "a forward and a backward in each of two steps"

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from mpsrun.errors import NotShippable
 from mpsrun.graph.state import State, applied
 from mpsrun.run import state as modes
+from mpsrun.run.arguments import Arguments
 from mpsrun.run.executor import copy_all
 from mpsrun.run.forkjoin import SECOND_BACKWARD, Function, check_versions, keeps_graph, versions_of
 from mpsrun.run.keeping import Gathered, Keeper
@@ -82,14 +82,8 @@ class Body:
         self._subject, self._run, self._recorder = subject, run, recorder
         rounds = range(max(bumps.values(), default=0))
         self._bumps = [[i for i, count in bumps.items() if count > round_] for round_ in rounds]
-        self._statics = [*subject.statics]
-        self._copied = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and i not in subject.statics]
-        self._pointers = [arg.data_ptr() if i in subject.statics else None for i, arg in enumerate(args)]
-        self._metas = self._metas_of(args)
         self._grad = torch.is_grad_enabled()
-        self._wanted = [i for i, a in enumerate(args) if self._grad and isinstance(a, torch.Tensor) and a.requires_grad]
-        self._args = [self._own(i, arg) for i, arg in enumerate(args)]
-        self._targets = [self._args[i].data for i in self._copied]  # whose versions autograd does not follow
+        self._args = Arguments(args, subject.statics)
         self._gradients = self._follow(args)
         self._saved = [*self._gradients.saved]
         unread = {*subject.plain.written} - {*subject.evolving} | {*self._saved}
@@ -114,17 +108,10 @@ class Body:
         recorder.make_room()
         self._forward = recorder.record(self._compute)
 
-    def _own(self, i: int, arg: Any) -> Any:
-        """What the recording takes for an argument: the same memory, or memory of its own."""
-        if not isinstance(arg, torch.Tensor):
-            return arg
-        own = arg.data if i in self._subject.statics else _empty_like(arg)
-        return own.requires_grad_() if i in self._wanted else own
-
     def _follow(self, args: Sequence[Any]) -> Gradients:
         """Which results have gradients, and which arguments backward reads."""
         metas = [TensorMeta.of(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
-        if not self._wanted:
+        if not self._args.wanted:
             return Gradients((), (), frozenset())
         run = self._subject.plain.forward
         return follow_gradients(lambda *values: _tensors(run(*values)), metas, modes.ambient(self._subject.kind))
@@ -133,9 +120,9 @@ class Body:
         # Casts that autocast keeps would be of memory that the next replay overwrites.
         torch.clear_autocast_cache()
         try:
-            self._before = {i: self._args[i].detach().clone() for i in self._subject.evolving}
+            self._before = {i: self._args.own[i].detach().clone() for i in self._subject.evolving}
             with torch.set_grad_enabled(self._grad):
-                return self._run(*self._args)
+                return self._run(*self._args.own)
         finally:
             torch.clear_autocast_cache()
 
@@ -153,10 +140,7 @@ class Body:
 
     def fits(self, args: Sequence[Any]) -> bool:
         """Whether everything is where it was, and as large."""
-        return _stand_at(args, self._pointers, self._statics) and self._metas_of(args) == self._metas
-
-    def _metas_of(self, args: Sequence[Any]) -> list[Any]:
-        return [(args[i].shape, args[i].stride(), args[i].dtype, args[i].requires_grad) for i in self._copied]
+        return self._args.fit(args)
 
     def call(self, args: tuple[Any, ...]) -> Any:
         """One forward pass; the results are the caller's to keep."""
@@ -166,7 +150,7 @@ class Body:
         start = generators() if self._subject.is_random else None
         call = _Call(self, args, self._generation + 1, start)
         self._pending = weakref.ref(call)
-        outputs = _Replay.apply(call, *[args[i] for i in self._wanted])
+        outputs = _Replay.apply(call, *[args[i] for i in self._args.wanted])
         call.versions = self._versions(args)  # also with what the graph itself has written
         return self._put_together(outputs)
 
@@ -183,7 +167,7 @@ class Body:
 
     def _replay(self, args: Sequence[Any]) -> list[torch.Tensor]:
         self._recorder.follow()
-        copy_all(self._targets, [args[i] for i in self._copied])
+        self._args.take(args)
         self._generation += 1
         self._result = self._forward.replay()
         self._outputs = _tensors(self._result)
@@ -205,7 +189,7 @@ class Body:
         check_versions(call.args, saved, [call.versions[k] for k in places])
         given = [gradient for gradient in gradients if gradient is not None]
         if not present:
-            found: Sequence[torch.Tensor | None] = [None] * len(self._wanted)
+            found: Sequence[torch.Tensor | None] = [None] * len(self._args.wanted)
         elif torch.is_grad_enabled() or modes.transformed(*given) or not self._serves(call, present):
             found = self._plainly(call, present, given)
         else:
@@ -274,7 +258,7 @@ class Body:
         outputs = _tensors(result)
         return torch.autograd.grad(
             [outputs[i] for i in present],
-            [values[i] for i in self._wanted],
+            [values[i] for i in self._args.wanted],
             given,
             create_graph=torch.is_grad_enabled(),
             allow_unused=True,
@@ -303,7 +287,7 @@ class Body:
     def _gathered(self, present: tuple[int, ...]) -> Gathered:
         found = self._grad_of(present)
         if present not in self._keepers:
-            others = [*self._grad_outputs.values(), *self._outputs, *_tensors(self._args)]
+            others = [*self._grad_outputs.values(), *self._outputs, *self._args.tensors]
             self._keepers[present] = Keeper(found, self.thrift.lends, others)
         return self._keepers[present].gather(found)
 
@@ -312,7 +296,7 @@ class Body:
         with torch.autocast(self._subject.kind, enabled=False):
             return torch.autograd.grad(
                 [self._outputs[i] for i in present],
-                [self._args[i] for i in self._wanted],
+                [self._args.own[i] for i in self._args.wanted],
                 [self._grad_outputs[i] for i in present],
                 allow_unused=True,
                 retain_graph=not self.thrift.frees,
@@ -338,26 +322,8 @@ class _Replay(Function):
         return None, *call.body.differentiate(call, gradients)
 
 
-def _stand_at(args: Sequence[Any], pointers: Sequence[int | None], places: Sequence[int]) -> bool:
-    """Whether the arguments at these places are where the pointers say."""
-    if _pointers_equal is not None:
-        return _pointers_equal(list(args), pointers, places)
-    return [args[i].data_ptr() for i in places] == [pointers[i] for i in places]
-
-
-# Three times as fast; a torch without CUDA has none.
-_pointers_equal = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
-
-
 def _tensors(result: Sequence[Any]) -> list[torch.Tensor]:
     return [value for value in result if isinstance(value, torch.Tensor)]
-
-
-def _empty_like(arg: torch.Tensor) -> torch.Tensor:
-    """Uninitialised, with the same strides. Raises `NotShippable` where elements lie over each other."""
-    if any(stride == 0 and extent > 1 for extent, stride in zip(arg.shape, arg.stride(), strict=True)):
-        raise NotShippable("an input is an expanded tensor")
-    return torch.empty_strided(arg.shape, arg.stride(), dtype=arg.dtype, device=arg.device)
 
 
 def _copied(output: torch.Tensor) -> torch.Tensor:
