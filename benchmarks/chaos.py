@@ -47,7 +47,7 @@ ON_GPU: tuple[Fault, ...] = (
 
 @dataclass(frozen=True)
 class Options:
-    """How a session goes: for so many minutes, or until each of `faults` was injected.
+    """How a run goes: for so many minutes, or until each of `faults` was injected.
 
     within_s: seconds in which a training has to be back.
     """
@@ -99,7 +99,7 @@ class Bag:
 
 @dataclass
 class Figures:
-    """What a session of chaos has seen; times in seconds."""
+    """What a run of chaos has seen; times in seconds."""
 
     rounds: int = 0
     injected: Counter[str] = field(default_factory=Counter)

@@ -373,4 +373,3 @@ def test_a_recorded_trace_is_replayed(tmp_path: Path) -> None:
     changes = [number for number in range(1, 200) if loads[number] != loads[number - 1]]
     assert changes == [70, 150]
     assert json.loads(path.read_text().splitlines()[60])["sample"]["tenants"] == [[9, 512]]
-    assert torch.get_num_threads() == 1
