@@ -144,3 +144,15 @@ def test_many_calls_before_a_backward_are_one_step() -> None:
             outputs.append(call(clock, model))
         torch.stack(outputs).sum().backward()
     assert steps == 3
+
+
+def test_what_outlives_a_step_has_one_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a network returns an input that was computed once, for many steps."""
+    seen: list[object] = []
+    monkeypatch.setattr(stepclock._Pending, "__call__", lambda self, gradients: seen.append(self))
+    kept = nn.Linear(2, 2)(torch.ones(1, 2))
+    clock = StepClock("cpu")
+    for _ in range(5):
+        clock.called([kept, torch.ones(1)])
+    kept.sum().backward()
+    assert len(seen) == 1

@@ -32,6 +32,7 @@ class StepClock:
         self._taking = threading.Lock()  # several threads may call one network
         self._calls = 0
         self._pending: Callable[[], _Pending | None] = lambda: None
+        self._hooks: list[Any] = []
 
     def is_amid(self) -> bool:
         """Whether the call that begins now belongs to the step before: the backward of its last call is yet to come."""
@@ -46,10 +47,11 @@ class StepClock:
         if self._calls > MOST_CALLS:
             self._pending = lambda: None
             return
+        for handle in self._hooks:  # a network may return what outlives the step
+            handle.remove()
         pending = _Pending()
-        for result in results:
-            if isinstance(result, torch.Tensor) and result.grad_fn is not None:
-                result.grad_fn.register_prehook(pending)
+        nodes = [result.grad_fn for result in results if isinstance(result, torch.Tensor)]
+        self._hooks = [node.register_prehook(pending) for node in nodes if node is not None]
         self._pending = weakref.ref(pending)  # gone with the graph, or at once where nothing has a gradient
 
     def start(self, candidate: int) -> None:
