@@ -22,7 +22,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from mpsrun import log
+from mpsrun import config, log
 from mpsrun.run import backend, report
 from mpsrun.run.branches import Branches
 from mpsrun.run.state import transformed
@@ -143,7 +143,8 @@ class _Call:
         if any(isinstance(module, Branches) for module in self._module.modules()):
             self._give_up("nothing of it but its Branches can use a lane")
         else:
-            self._give_up("nothing of it can use a lane (--verbose says why)", log.say)
+            hint = "" if config.current().verbose else " (--verbose says why)"
+            self._give_up(f"nothing of it can use a lane{hint}", log.say)
 
     def _give_up(self, reason: str, say: Callable[[str], None] = log.detail) -> None:
         self._module.__dict__.pop("_compiled_call_impl", None)  # what the class has sees to what it calls
