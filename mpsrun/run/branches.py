@@ -49,7 +49,8 @@ class Branches(nn.ModuleList):
         that is compiled as a whole, such a call is a graph break. Raises `UsageError` for an empty set, and for what
         is not the number of a branch or is there twice.
         """
-        if active is not None and not torch.compiler.is_exporting():
+        # The function of that name says yes to every compiler before torch 2.13.
+        if active is not None and not torch.compiler._is_exporting_flag:
             return self._run_set(active, args, kwargs)
         if torch.compiler.is_compiling():  # part of a larger network, whose regions are found as a whole
             return self._plain(active, *args, **kwargs)
