@@ -12,7 +12,7 @@ from typing import Any
 import pool
 import pytest
 import torch
-from networks import SMALL, Three
+from networks import SMALL, Three, why_not_here
 from torch import Tensor, nn
 from transparency import TOLERANCE, Trained, assert_same, assert_transparent, trained
 from tuned import Timed, auto_lanes, compiled
@@ -318,6 +318,8 @@ def test_a_plan_for_another_network(
 @pytest.mark.parametrize("name", [name for name, case in SMALL.items() if case.regions])
 def test_side_streams(workers: Coordinator, name: str) -> None:
     """On a CPU they are all one; what is left is the way to them and back."""
+    if reason := why_not_here(name):
+        pytest.skip(reason)
     case = SMALL[name]
     torch.manual_seed(0)
     plain = trained(case.model().double())
