@@ -59,7 +59,7 @@ def _watch_for_networks(ours: Config) -> None:
 
 def _why_none(ours: Config) -> str | None:
     """Why no plan but the plain one will be tried for any network, so that none need be compiled; None otherwise."""
-    asks = ours.plan is not None or ours.explain or ours.adapt == "on" or ours.verify or ours.verbose
+    asks = ours.plan or ours.trace or ours.explain or ours.verify or ours.verbose or ours.adapt == "on"
     hardware = detect()
     return hardware.reason if hardware.kind == "cpu" and ours.lanes == "auto" and not asks else None
 
