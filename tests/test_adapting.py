@@ -200,6 +200,7 @@ def test_a_plain_network_goes_back_to_its_lanes(
     assert report.graphs[0].calls >= calls + 4
 
 
+@pytest.mark.slow
 def test_a_plain_network_rests_again_where_nothing_can_be_tried(
     load: Load,
     as_launched: Callable[[], tuple[Trained, Trained]],

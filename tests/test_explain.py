@@ -256,6 +256,7 @@ def test_scripts_without_a_network_and_without_branches(runner: Runner) -> None:
     assert b"no branches that could run at the same time" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_script_that_fails_is_explained_with_its_own_status(runner: Runner) -> None:  # noqa: F811
     done = runner.mpsrun("explain", "--json", runner.script(SCRIPT + "raise SystemExit(3)\n"), "2")
     assert done.returncode == 3

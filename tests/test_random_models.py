@@ -14,7 +14,7 @@ from transparency import TOLERANCE, Trained, assert_same, on_lanes, trained
 
 from mpsrun.run import report
 
-WIDTH, ROWS, STEPS, EXAMPLES = 3, 4, 3, 80
+WIDTH, ROWS, STEPS, EXAMPLES = 3, 4, 3, 40
 KINDS = (
     "linear", "linear", "norm", "tanh", "mlp", "relu_", "relu_ of a copy", "scale_", "view", "weight", "split",
     "count", "shared", "add", "mul", "cat",

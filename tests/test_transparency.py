@@ -8,7 +8,7 @@ from transparency import assert_transparent
 from mpsrun.run.coordinator import Coordinator
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("name", SMALL)
 def test_small_networks(workers: Coordinator, name: str, count: int) -> None:
     if reason := why_not_here(name):

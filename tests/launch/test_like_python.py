@@ -141,7 +141,7 @@ def test_classes_of_main_are_pickled_and_sources_found(runner: Runner, same: Sam
     same("train.py")
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["fork", "spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("as_module", [False, True], ids=["script", "module"])
 def test_processes_find_main(runner: Runner, same: Same, method: str, as_module: bool) -> None:
     runner.script(
