@@ -154,11 +154,7 @@ def _refuse_without_effect(values: Mapping[str, Any]) -> None:
         ("--tune-convolutions", values.get("tune_convolutions", False), ("auto",)),
         ("--adapt on", values.get("adapt") == "on", ("auto",)),
         ("--plan", values.get("plan") is not None, ("auto",)),
-        (
-            "--save-plan",
-            values.get("save_plan") is not None,
-            tuple(kind for kind in get_args(Lanes) if kind != "serial"),
-        ),
+        ("--save-plan", values.get("save_plan") is not None, _LANES_WITH_PLANS),
     ):
         if is_given and lanes not in useful:
             known = " or ".join(useful)
@@ -294,6 +290,7 @@ def _path_of_a_file(name: str, value: str) -> Path:
 
 _FIELDS = {"timeout": "timeout_s", "json": "explain"}
 _OF_EXPLAIN = ("json", "steps")
+_LANES_WITH_PLANS = tuple(kind for kind in get_args(Lanes) if kind != "serial")
 _COMMANDS = ("explain", "doctor", "daemon")
 _OPTIONS: dict[str, Callable[[str, str], Any] | None] = {
     "workers": _workers,

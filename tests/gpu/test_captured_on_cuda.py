@@ -231,12 +231,23 @@ def test_random_numbers_of_steps_that_are_recorded_behind_others(daemon: None, m
     assert made[0].replays == 8
 
 
-def test_two_streams_that_nobody_orders(daemon: None, made: list[Captured]) -> None:
-    """The second call has to wait until the first has read its inputs."""
+def evaluation(batches: int) -> tuple[nn.Module, nn.Module, list[Tensor]]:
+    """A network, the same on captured lanes, and what they are called with."""
     torch.manual_seed(0)
     plain = Three(64).to("cuda", torch.float64)
-    fast = on_captured(copy.deepcopy(plain))
-    batches = [torch.randn(16, 6, device="cuda", dtype=torch.float64) for _ in range(8)]
+    given = [torch.randn(16, 6, device="cuda", dtype=torch.float64) for _ in range(batches)]
+    return plain, on_captured(copy.deepcopy(plain)), given
+
+
+def assert_outputs(plain: nn.Module, batches: list[Tensor], found: list[Tensor]) -> None:
+    with torch.no_grad():
+        for got, batch in zip(found, batches, strict=True):
+            torch.testing.assert_close(got, plain(batch), **EXACT)
+
+
+def test_two_streams_that_nobody_orders(daemon: None, made: list[Captured]) -> None:
+    """The second call has to wait until the first has read its inputs."""
+    plain, fast, batches = evaluation(8)
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     torch.cuda.synchronize()
     found = []
@@ -245,17 +256,13 @@ def test_two_streams_that_nobody_orders(daemon: None, made: list[Captured]) -> N
             with torch.cuda.stream(streams[i % 2]):
                 torch.cuda._sleep(LONG * (i % 2))
                 found.append(fast(batch))
-        torch.cuda.synchronize()
-        for got, batch in zip(found, batches, strict=True):
-            torch.testing.assert_close(got, plain(batch), **EXACT)
+    torch.cuda.synchronize()
+    assert_outputs(plain, batches, found)
     assert made[0].replays == 6
 
 
 def test_one_thread_records_while_another_runs_op_by_op(daemon: None, made: list[Captured]) -> None:
-    torch.manual_seed(0)
-    plain = Three(64).to("cuda", torch.float64)
-    fast = on_captured(copy.deepcopy(plain))
-    batches = [torch.randn(16, 6, device="cuda", dtype=torch.float64) for _ in range(40)]
+    plain, fast, batches = evaluation(40)
     torch.cuda.synchronize()
 
     def evaluated(of: list[Tensor]) -> list[Tensor]:
@@ -266,9 +273,7 @@ def test_one_thread_records_while_another_runs_op_by_op(daemon: None, made: list
 
     with ThreadPoolExecutor(2) as threads:
         found = [result for half in threads.map(evaluated, (batches[:20], batches[20:])) for result in half]
-    with torch.no_grad():
-        for got, batch in zip(found, batches, strict=True):
-            torch.testing.assert_close(got, plain(batch), **EXACT)
+    assert_outputs(plain, batches, found)
     assert made[0].replays
 
 
