@@ -1,12 +1,14 @@
 """What a captured step costs the lead, beside what any such step would cost it.
 
-Three sides: the step as it is; the same with recordings that submit nothing, which leaves mpsrun's own Python and what
+Four sides: the step as it is; the same with recordings that submit nothing, which leaves mpsrun's own Python and what
 it asks of torch; and the least that a compiled step can be, Dynamo's guards around an autograd function that hands out
-the same outputs and gradients in every step, which AccumulateGrad then takes.
+the same outputs and gradients in every step, which AccumulateGrad then takes: in autograd's own thread, as PyTorch does
+it, and in the thread that called it, as mpsrun has it.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -36,18 +38,25 @@ def captured_host(case: Case, repeats: int, steps: int = STEPS) -> dict[str, Any
         captured.warm_up()
     if not quiet.recordings:
         raise RuntimeError(f"expected {case.name} to be captured; mpsrun's messages say why it was not")
-    least = Least(case, model)
-    least.warm_up()
-    times: dict[str, list[float]] = {"captured": [], "without its replays": [], "guards and AccumulateGrad alone": []}
+    least, here = (Least(case, model, in_calling_thread) for in_calling_thread in (False, True))
+    for stepper in (least, here):
+        stepper.warm_up()
+    sides = {
+        "captured": captured,
+        "without its replays": captured,
+        "guards and AccumulateGrad alone": least,
+        "these in the calling thread": here,
+    }
+    times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
-        for name, stepper in zip(times, (captured, captured, least), strict=True):
+        for name, stepper in sides.items():
             quiet.submits = name == "captured"
             times[name].append(lead_us(stepper, steps))
     quiet.submits = True
     row: dict[str, Any] = {"part": f"lead's time for a captured step of {case.name}, us"}
     row |= {name: spread(values, 1) for name, values in times.items()}
     row["parameters"] = sum(1 for _ in model.parameters())
-    row["beyond them"] = round(row["without its replays"][0] - row["guards and AccumulateGrad alone"][0], 1)
+    row["beyond them"] = round(row["without its replays"][0] - row["these in the calling thread"][0], 1)
     return row
 
 
@@ -114,19 +123,21 @@ class _QuietRecording:
 
 
 class Least(Stepper):
-    """Steps that compute nothing of their network after the first."""
+    """Steps that compute nothing of their network after the first; backward may come in the calling thread."""
 
-    def __init__(self, case: Case, model: nn.Module) -> None:
+    def __init__(self, case: Case, model: nn.Module, in_calling_thread: bool) -> None:
         super().__init__(case, model, "eager")
-        self._call = torch.compile(self.model, backend=constant)
+        backend = functools.partial(constant, in_calling_thread)
+        self._call = torch.compile(self.model, backend=backend)
 
 
-def constant(gm: fx.GraphModule, _example_inputs: Sequence[Any]) -> Callable[..., Any]:
+def constant(in_calling_thread: bool, gm: fx.GraphModule, _example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """A backend of torch.compile: outputs and gradients are those of the first call, whatever the arguments."""
     places: list[int] = []
     kept: list[Kept] = []
 
     def call(*args: Any) -> Any:
+        torch.autograd.set_multithreading_enabled(not in_calling_thread)
         if not kept:
             places.extend(i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor) and arg.requires_grad)
             kept.append(Kept(gm(*args), [args[i] for i in places]))

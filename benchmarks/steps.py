@@ -50,6 +50,7 @@ class Stepper:
 
     def step(self) -> Tensor:
         """Copy the batch, forward, loss, backward; returns the loss, which nobody has waited for."""
+        torch.autograd.set_multithreading_enabled(True)  # as PyTorch has it; mpsrun's calls change it
         inputs = [given.to(device(), non_blocking=True) for given in self._batch]
         with torch.autocast(device(), torch.bfloat16, enabled=self._of.bf16):
             loss = self._of.loss(self._call(*inputs))

@@ -445,7 +445,7 @@ def test_a_package_that_is_not_there() -> None:
 
 
 def test_what_a_captured_step_costs_the_lead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three sides take turns: as it is, with recordings that submit nothing, and what any step costs."""
+    """Sides take turns: as it is, with recordings that submit nothing, and what any step costs, in either thread."""
     replays: list[bool] = []
     plain = captured_host.lead_us
     quiet: list[captured_host.Quiet] = []
@@ -462,17 +462,19 @@ def test_what_a_captured_step_costs_the_lead(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(captured_host, "Quiet", Noted)
     monkeypatch.setattr(captured_host, "lead_us", counted)
     row = captured_host.captured_host(TRIAL_CASE, 2, 2)
-    assert replays == [True, False, False] * 2
+    assert replays == [True, False, False, False] * 2
     assert quiet[0].recordings == 2  # forward and backward
-    sides = [row[name] for name in ("captured", "without its replays", "guards and AccumulateGrad alone")]
+    sides = [row[name] for name in ("captured", "without its replays", "these in the calling thread")]
+    sides.append(row["guards and AccumulateGrad alone"])
     assert all(0 < low <= median <= high for median, low, high in sides)
     assert sides[0][0] > sides[1][0]
     assert row["beyond them"] == pytest.approx(sides[1][0] - sides[2][0], abs=0.2)
 
 
-def test_the_least_step_hands_out_all_gradients() -> None:
+@pytest.mark.parametrize("in_calling_thread", [True, False])
+def test_the_least_step_hands_out_all_gradients(in_calling_thread: bool) -> None:
     model = TRIAL_CASE.of.make()
-    least = captured_host.Least(TRIAL_CASE, model)
+    least = captured_host.Least(TRIAL_CASE, model, in_calling_thread)
     for _ in range(2):
         least.clear()
         least.step()
@@ -481,6 +483,7 @@ def test_the_least_step_hands_out_all_gradients() -> None:
     assert any(gradient.any() for gradient in first)
     for p, gradient in zip(least.model.parameters(), first, strict=True):
         torch.testing.assert_close(p.grad, 2 * gradient)
+    assert torch._C._is_multithreading_enabled() is not in_calling_thread
 
 
 def test_what_is_not_captured_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,6 +173,9 @@ class Graph:
         owner, maker = self._coordinator, self._maker
         if maker is None or (owner is not None and owner.closed) or must_be_plain(self._kind):
             return self._gm.forward(*args)
+        if self._kind == "cuda":
+            # Backward comes in this thread then, not in autograd's own, for which each node is in another core's cache.
+            torch.autograd.set_multithreading_enabled(False)
         if self._overlaps.now(args):
             return self._gm.forward(*args)
         key = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *(args[i] for i in self._sizes))

@@ -91,6 +91,8 @@ def captured_streams(device: torch.device) -> list[torch.cuda.Stream]:
 def _stream(device: torch.device, records: bool, lane: int, place: tuple[int, int]) -> torch.cuda.Stream:
     key = device, records, lane, place
     if key not in _streams:
+        # A script that holds its last loss also holds what accumulated gradients on the streams of the plan before.
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         for use in (False, True):  # at once, so that none is made while something is recorded
             _streams[device, use, lane, place] = stream_on(device, lane, place)
     return _streams[key]

@@ -47,11 +47,13 @@ def test_small_networks(daemon: None, made: list[Captured], sides: None, name: s
     assert [graph.replays for graph in made] == [1 if name == "batch norm" else 3]
 
 
-def losses(model: nn.Module, steps: int, autocast: torch.dtype | None = None, seed: int = 0) -> list[float]:
+def losses(
+    model: nn.Module, steps: int, autocast: torch.dtype | None = None, seed: int = 0, lr: float = 0.01
+) -> list[float]:
     """A loop that keeps its last loss, as most do."""
     torch.manual_seed(seed)
     generator = torch.Generator("cuda").manual_seed(1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     dtype = next(model.parameters()).dtype
     found = []
     for _ in range(steps):
@@ -107,7 +109,7 @@ def test_two_calls_before_a_backward(daemon: None, made: list[Captured], width: 
     torch.manual_seed(0)
     plain = Three(width).to("cuda", torch.float64)
     fast = on_captured(copy.deepcopy(plain))
-    assert losses(Views(fast), 40) == pytest.approx(losses(Views(plain), 40), rel=1e-9)
+    assert losses(Views(fast), 40, lr=1e-4) == pytest.approx(losses(Views(plain), 40, lr=1e-4), rel=1e-9)
     assert made[0].replays == 78, "all calls but those of the first step"
 
 
@@ -167,6 +169,7 @@ def test_a_capture_that_fails_leaves_no_memory_behind(daemon: None) -> None:
         torch.cuda.empty_cache()
         return torch.cuda.memory_reserved()
 
+    made.record(doubled)  # what other tests have left is gone after that
     before = held()
     for _ in range(2):
         with pytest.raises(RuntimeError):
@@ -274,7 +277,7 @@ def test_one_thread_records_while_another_runs_op_by_op(daemon: None, made: list
     with ThreadPoolExecutor(2) as threads:
         found = [result for half in threads.map(evaluated, (batches[:20], batches[20:])) for result in half]
     assert_outputs(plain, batches, found)
-    assert made[0].replays
+    assert any(captured.replays for captured in made)  # each thread may have had the network compiled
 
 
 def test_a_recording_outlives_those_before_it(daemon: None) -> None:

@@ -2,7 +2,9 @@
 
 import copy
 import os
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -142,6 +144,27 @@ def test_side_streams(on_gpu: Coordinator) -> None:
         torch.testing.assert_close(found, wanted, **EXACT)
         for (name, p), q in zip(plain.named_parameters(), fast.parameters(), strict=True):
             torch.testing.assert_close(q.grad, p.grad, **EXACT, msg=name)
+
+
+def test_backward_comes_in_the_calling_thread(on_gpu: Coordinator) -> None:
+    """Also for what the script does around the network; a thread that calls no network has autograd's own."""
+    torch.autograd.set_multithreading_enabled(True)
+    fast = on_lanes(Three(64).to("cuda"), 3)
+    seen: set[int] = set()
+
+    def backward(x: Tensor) -> int:
+        x.register_hook(lambda _: seen.add(threading.get_ident()))
+        x.square().sum().backward()
+        return threading.get_ident()
+
+    for _ in range(3):
+        here = backward(fast(torch.randn(5, 6, device="cuda")))
+    assert seen == {here}
+    seen.clear()
+    with ThreadPoolExecutor(1) as threads:
+        there = threads.submit(backward, torch.ones(3, device="cuda", requires_grad=True)).result()
+    assert seen
+    assert there not in seen
 
 
 def test_memory_is_flat(on_gpu: Coordinator) -> None:

@@ -1,6 +1,7 @@
 """Side streams on a GPU: same results as plain PyTorch, whatever is slow and whatever memory is used again."""
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -79,6 +80,25 @@ def test_an_error_leaves_the_main_stream(daemon: None) -> None:
     with pytest.raises(RuntimeError):
         fast(torch.randn(5, 7, device="cuda"))
     assert torch.cuda.current_stream() == before
+
+
+def test_a_loss_that_is_kept_warns_of_nothing(daemon: None) -> None:
+    """Its graph keeps the nodes that accumulated gradients on the main stream; now side streams make them."""
+    plain = Three(64).to("cuda")
+    fast = on_streams(copy.deepcopy(plain))
+    x = torch.randn(5, 6, device="cuda")
+    kept = [fast(x).sum()]  # the first call is plain
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                kept.append(fast(x).sum())
+                kept[-1].backward()
+    finally:
+        torch.set_warn_always(always)
+    assert not [warning for warning in told if "AccumulateGrad" in str(warning.message)]
 
 
 class Siamese(nn.Module):
