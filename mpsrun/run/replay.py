@@ -20,6 +20,7 @@ from mpsrun.run.executor import copy_all
 from mpsrun.run.forkjoin import SECOND_BACKWARD, Function, check_versions, keeps_graph, versions_of
 from mpsrun.run.keeping import Gathered, Keeper
 from mpsrun.run.layout import Gradients, TensorMeta, follow_gradients
+from mpsrun.run.owing import Debt, laid_out_alike, may_owe, nodes_are_held
 from mpsrun.run.plainrun import Generators, generators
 from mpsrun.run.recorder import Recorder, Recording
 from mpsrun.run.subject import Subject
@@ -34,9 +35,9 @@ class _Call:
     """One forward, and the backwards that may come.
 
     body, args: whose it is and what it was called with, until its backward is through. generation: which replay of the
-    recording it was. versions: of what backward reads again, and after these of what only forward has read. backwards:
-    how many there were. freed: whether one of them has used its memory again. spent: whether one came for which the
-    script did not ask to keep the graph.
+    recording it was. versions: of what backward reads again, and after these of what only forward has read. debt: to
+    parameters that are not in its graph. backwards: how many there were. freed: whether one of them has used its memory
+    again. spent: whether one came for which the script did not ask to keep the graph.
     """
 
     body: Body | None
@@ -44,6 +45,7 @@ class _Call:
     generation: int
     start: Generators | None
     versions: Sequence[int] = ()
+    debt: Debt | None = None
     backwards: int = 0
     freed: bool = False
     spent: bool = False
@@ -84,6 +86,10 @@ class Body:
         self._bumps = [[i for i, count in bumps.items() if count > round_] for round_ in rounds]
         self._grad = torch.is_grad_enabled()
         self._args = Arguments(args, subject.statics)
+        wanted = self._args.wanted
+        self._parameters = [k for k, i in enumerate(wanted) if i in subject.statics]  # by their place among the wanted
+        self._others = [k for k, i in enumerate(wanted) if i not in subject.statics]
+        self._may_owe = not nodes_are_held([args[wanted[k]] for k in self._parameters])
         self._gradients = self._follow(args)
         self._saved = [*self._gradients.saved]
         unread = {*subject.plain.written} - {*subject.evolving} | {*self._saved}
@@ -93,6 +99,7 @@ class Body:
         self._maybe_versioned = [i for i in read if i not in own]
         self._before: dict[int, torch.Tensor] = {}
         self._needs: dict[tuple[int, ...], tuple[Sequence[int], Sequence[int]]] = {}
+        self._alike: dict[tuple[int, ...], bool] = {}
         self._outputs: list[torch.Tensor] = []
         self._grad_outputs: dict[int, torch.Tensor] = {}
         self._backwards: dict[tuple[int, ...], Recording] = {}
@@ -150,7 +157,12 @@ class Body:
         start = generators() if self._subject.is_random else None
         call = _Call(self, args, self._generation + 1, start)
         self._pending = weakref.ref(call)
-        outputs = _Replay.apply(call, *[args[i] for i in self._args.wanted])
+        wanted = [args[i] for i in self._args.wanted]
+        parameters = [wanted[k] for k in self._parameters]
+        if self._may_owe and may_owe(parameters):
+            call.debt = Debt(parameters)
+            wanted = [call.debt.token, *[wanted[k] for k in self._others]]
+        outputs = _Replay.apply(call, *wanted)
         call.versions = self._versions(args)  # also with what the graph itself has written
         return self._put_together(outputs)
 
@@ -182,24 +194,38 @@ class Body:
 
     # ---- backward
 
-    def differentiate(self, call: _Call, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """The gradients of the arguments that want one, in memory that may be kept."""
+    def differentiate(
+        self, ctx: Any, call: _Call, gradients: Sequence[torch.Tensor | None]
+    ) -> Sequence[torch.Tensor | None]:
+        """The gradients of what the call has in its graph, in memory that may be kept; nothing is owed after that."""
         present = tuple(i for i, gradient in enumerate(gradients) if gradient is not None)
         saved, places = self._needed(present)
         check_versions(call.args, saved, [call.versions[k] for k in places])
         given = [gradient for gradient in gradients if gradient is not None]
+        debt, are_alike = call.debt, False
         if not present:
             found: Sequence[torch.Tensor | None] = [None] * len(self._args.wanted)
         elif torch.is_grad_enabled() or modes.transformed(*given) or not self._serves(call, present):
             found = self._plainly(call, present, given)
         else:
             found = self._replay_backward(call, present, given)
+            are_alike = debt is not None and self._are_alike(debt, present, found)
         self._note(call, present)
         if not keeps_graph():
             call.spent = True
             if len(present) == sum(self.differentiable):
-                call.args = call.body = None
-        return [*found]
+                call.args = call.body = call.debt = None
+        if debt is None:
+            return found
+        debt.pay(ctx, [found[k] for k in self._parameters], are_alike)
+        return [None, *[found[k] for k in self._others]]
+
+    def _are_alike(self, debt: Debt, present: tuple[int, ...], found: Sequence[torch.Tensor | None]) -> bool:
+        """Whether gradients out of a recording are laid out like their parameters, as those of all its replays are."""
+        if present not in self._alike:
+            own = zip(debt.parameters, [found[k] for k in self._parameters], strict=True)
+            self._alike[present] = all(gradient is None or laid_out_alike(p, gradient) for p, gradient in own)
+        return self._alike[present]
 
     def _versions(self, args: Sequence[Any]) -> list[int]:
         """Of what backward reads again, then of what only forward has read, which may be inference tensors."""
@@ -319,7 +345,7 @@ class _Replay(Function):
         call: _Call = ctx.call
         if call.body is None:
             raise RuntimeError(SECOND_BACKWARD)
-        return None, *call.body.differentiate(call, gradients)
+        return None, *call.body.differentiate(ctx, call, gradients)
 
 
 def _tensors(result: Sequence[Any]) -> list[torch.Tensor]:

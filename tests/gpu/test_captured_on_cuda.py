@@ -122,6 +122,25 @@ def test_autocast(daemon: None, made: list[Captured], dtype: torch.dtype) -> Non
     assert made[0].replays == 18
 
 
+def test_gradients_that_another_thread_asks_for(daemon: None, made: list[Captured]) -> None:
+    """It has called no network, so that its backwards come in autograd's own thread."""
+    torch.manual_seed(0)
+    plain = Three(64).to("cuda", torch.float64)
+    fast = on_captured(copy.deepcopy(plain))
+    losses(fast, 3, lr=0.0)
+    losses(plain, 3, lr=0.0)
+    x = torch.randn(16, 6, device="cuda", dtype=torch.float64)
+    found = []
+    with ThreadPoolExecutor(1) as threads:
+        for model in (fast, plain):
+            model.zero_grad()
+            threads.submit(model(x).square().sum().backward).result()
+            asked = threads.submit(torch.autograd.grad, model(x).square().sum(), [*model.parameters()]).result()
+            found.append([*asked, *(p.grad for p in model.parameters())])
+    assert made[0].replays == 3
+    torch.testing.assert_close(*found, **EXACT)
+
+
 def test_habits(daemon: None, made: list[Captured]) -> None:
     """Two forwards before a backward, kept graphs, gradients of gradients, evaluation, other streams, moved weights."""
     torch.manual_seed(0)

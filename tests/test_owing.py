@@ -1,0 +1,372 @@
+"""Parameters that are in no graph get what plain PyTorch gives them, and who asks for their gradients gets these."""
+
+import copy
+import gc
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from captures import Pair, inputs, on_captured, step, three
+from networks import Three
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge, register_multi_grad_hook
+from torch.utils.checkpoint import checkpoint
+from transparency import TOLERANCE
+
+from mpsrun.run import owing, report
+
+Use = Callable[[nn.Module], Any]
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()
+    report.graphs.clear()
+
+
+def owes(output: Tensor) -> bool:
+    """Whether a call has a token in its graph instead of its parameters."""
+    assert output.grad_fn is not None
+    return len(output.grad_fn.next_functions) == 1
+
+
+@pytest.fixture
+def pair() -> Pair:
+    made = Pair(on_captured, three, calls=3)
+    outputs = [model(inputs()) for model in (made.plain, made.fast)]  # both, for their statistics
+    assert owes(outputs[1])
+    return made
+
+
+def weights(model: nn.Module) -> list[nn.Parameter]:
+    return [*model.parameters()]
+
+
+def all_asked(model: nn.Module) -> Sequence[Tensor]:
+    model.zero_grad()
+    return torch.autograd.grad(model(inputs()).square().sum(), weights(model))
+
+
+def some_asked(model: nn.Module) -> list[Tensor | None]:
+    model.zero_grad()
+    x, stranger = inputs().requires_grad_(), nn.Parameter(torch.ones(2, dtype=torch.float64))
+    return [*torch.autograd.grad(model(x).sum(), [weights(model)[2], x, stranger], allow_unused=True)]
+
+
+def only_others_asked(model: nn.Module) -> Sequence[Tensor]:
+    model.zero_grad()
+    x = inputs().requires_grad_()
+    return torch.autograd.grad(model(x).sum(), [x])
+
+
+def some_accumulate(model: nn.Module) -> list[Tensor | None]:
+    model.zero_grad()
+    x = inputs().requires_grad_()
+    for _ in range(2):
+        model(x).square().sum().backward(inputs=[x, weights(model)[1], weights(model)[-1]])
+    return [x.grad]
+
+
+def edges_asked(model: nn.Module) -> Sequence[Tensor]:
+    loss = model(inputs()).square().sum()
+    return torch.autograd.grad(loss, [get_gradient_edge(weights(model)[0]), weights(model)[3]])
+
+
+def two_batches(model: nn.Module) -> None:
+    model.zero_grad()
+    for seed in range(2):
+        model(inputs(seed)).square().sum().backward()
+
+
+def zeroed_in_place(model: nn.Module) -> None:
+    model.zero_grad(set_to_none=False)
+    model(inputs()).square().sum().backward()
+
+
+def kept_graph(model: nn.Module) -> None:
+    model.zero_grad()
+    loss = model(inputs()).square().sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+def kept_and_asked(model: nn.Module) -> Sequence[Tensor]:
+    model.zero_grad()
+    loss = model(inputs()).square().sum()
+    found = torch.autograd.grad(loss, weights(model), retain_graph=True)
+    loss.backward()
+    return found
+
+
+def used_twice(model: nn.Module) -> Tensor:
+    """In the network, and in a penalty beside it."""
+    model.zero_grad()
+    loss = model(inputs()).square().sum() + sum(p.square().sum() for p in weights(model))
+    loss.backward(retain_graph=True)
+    return torch.autograd.grad(loss, weights(model)[0])[0]
+
+
+def differentiated_twice(model: nn.Module) -> Sequence[Tensor]:
+    model.zero_grad()
+    first = torch.autograd.grad(model(inputs()).square().sum(), weights(model), create_graph=True)
+    sum(slope.square().sum() for slope in first).backward()  # type: ignore[union-attr]
+    return [slope.detach() for slope in first]
+
+
+def with_a_graph(model: nn.Module) -> Tensor:
+    """Gradients that have a graph themselves."""
+    model.zero_grad()
+    model(inputs()).square().sum().backward(create_graph=True)
+    slopes = [p.grad for p in weights(model)]
+    model.zero_grad()
+    sum(slope.square().sum() for slope in slopes).backward()  # type: ignore[union-attr]
+    return torch.stack([slope.detach().sum() for slope in slopes if slope is not None])
+
+
+def batched(model: nn.Module) -> Sequence[Tensor]:
+    model.zero_grad()
+    output = model(inputs())
+    given = torch.stack([torch.ones_like(output), torch.full_like(output, 2.0)])
+    return torch.autograd.grad(output, [weights(model)[0], weights(model)[4]], given, is_grads_batched=True)
+
+
+def checkpointed(model: nn.Module) -> None:
+    model.zero_grad()
+    x = inputs().requires_grad_()
+    checkpoint(model, x, use_reentrant=True).square().sum().backward()
+
+
+def asked_in_a_hook(model: nn.Module) -> list[Tensor]:
+    """Another graph's gradients, while those of this one are asked for."""
+    model.zero_grad()
+    found = []
+
+    @torch.enable_grad()
+    def ask(_gradient: Tensor) -> None:
+        x = torch.ones(3, dtype=torch.float64, requires_grad=True)
+        found.extend(torch.autograd.grad(x.square().sum(), [x]))
+        model(inputs(5)).sum().backward()
+
+    output = model(inputs())
+    output.register_hook(ask)
+    return [*torch.autograd.grad(output.square().sum(), weights(model)), *found]
+
+
+USES: list[Use] = [
+    all_asked,
+    some_asked,
+    only_others_asked,
+    some_accumulate,
+    edges_asked,
+    two_batches,
+    zeroed_in_place,
+    kept_graph,
+    kept_and_asked,
+    used_twice,
+    differentiated_twice,
+    with_a_graph,
+    batched,
+    checkpointed,
+    asked_in_a_hook,
+]
+
+
+@pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+def test_uses(pair: Pair, use: Use) -> None:
+    for _ in range(3):
+        pair.both(use)
+        pair.both(step)
+
+
+def test_what_is_not_in_the_graph_is_an_error(pair: Pair) -> None:
+    stranger = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    for model in (pair.plain, pair.fast):
+        model.zero_grad()
+        with pytest.raises(RuntimeError, match="appears to not have been used in the graph"):
+            torch.autograd.grad(model(inputs()).sum(), [weights(model)[0], stranger])
+    pair.both(all_asked)
+
+
+def test_no_more_runs_than_is_asked_for() -> None:
+    """Gradients of one network through another, whose own backward is still to come."""
+
+    class Rivals(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = three(), nn.Sequential(nn.Linear(2, 6), Three())
+
+    def capture(rivals: Any) -> nn.Module:
+        on_captured(rivals.first)
+        on_captured(rivals.second[1])
+        return rivals
+
+    def contest(rivals: Any) -> list[Tensor]:
+        rivals.zero_grad()
+        made = rivals.first(inputs())
+        loss = rivals.second(made).square().sum()
+        found = torch.autograd.grad(loss, weights(rivals.second))
+        made.sum().backward()  # through first, whose graph is still there
+        return [*found, made.detach()]
+
+    rivals = Pair(capture, Rivals, calls=0)
+    for _ in range(6):
+        rivals.both(contest)
+    assert owes(rivals.fast.first(inputs()))
+
+
+class Hooked:
+    """A hook on one parameter, and what it was called with."""
+
+    def __init__(self, hook: Callable[[nn.Module, list[Tensor]], Any]) -> None:
+        self.hook = hook
+
+    def early(self, model: nn.Module) -> list[Tensor]:
+        model.zero_grad()
+        seen: list[Tensor] = []
+        handle = self.hook(model, seen)
+        model(inputs()).square().sum().backward()
+        handle.remove()
+        return seen
+
+    def late(self, model: nn.Module) -> list[Tensor]:
+        model.zero_grad()
+        seen: list[Tensor] = []
+        loss = model(inputs()).square().sum()
+        handle = self.hook(model, seen)
+        loss.backward()
+        handle.remove()
+        return seen
+
+
+def doubles(model: nn.Module, seen: list[Tensor]) -> Any:
+    return weights(model)[0].register_hook(lambda g: seen.append(g.clone()) or 2 * g)
+
+
+def steps(model: nn.Module, seen: list[Tensor]) -> Any:
+    def step_at_once(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        seen.append(parameter.grad.clone())
+        parameter.grad = None
+
+    return weights(model)[3].register_post_accumulate_grad_hook(step_at_once)
+
+
+def waits_for_all(model: nn.Module, seen: list[Tensor]) -> Any:
+    return register_multi_grad_hook(weights(model), lambda gradients: seen.extend(g.clone() for g in gradients))
+
+
+@pytest.mark.parametrize("hook", [doubles, steps, waits_for_all])
+def test_hooks(pair: Pair, hook: Callable[[nn.Module, list[Tensor]], Any]) -> None:
+    hooked = Hooked(hook)
+    for _ in range(2):
+        pair.both(hooked.early)
+        pair.both(hooked.late)
+        pair.both(step)
+
+
+def test_a_node_that_the_script_holds() -> None:
+    """As optimizers hook it that step in the middle of backward."""
+    torch.manual_seed(0)
+    plain = three().double()
+    fast = on_captured(copy.deepcopy(plain))
+    seen: list[list[Tensor]] = [[], []]
+    nodes = [get_gradient_edge(weights(model)[0]).node for model in (plain, fast)]
+    for node, own in zip(nodes, seen, strict=True):
+        node.register_hook(lambda *_, own=own, node=node: own.append(node.variable.grad.clone()))
+    for _ in range(6):
+        for model in (plain, fast):
+            step(model)
+    assert not owes(fast(inputs()))
+    assert len(seen[1]) == 6
+    for mine, theirs in zip(*seen, strict=True):
+        torch.testing.assert_close(theirs, mine, **TOLERANCE)
+
+
+def test_distributed_training_keeps_its_nodes(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    outputs = [model(inputs()) for model in (pair.plain, pair.fast)]
+    assert not owes(outputs[1])
+    pair.both(step)
+
+
+def test_anomalies_are_found(pair: Pair) -> None:
+    """The gradient of the output is infinite, those of BatchNorm are differences of such."""
+    with torch.autograd.set_detect_anomaly(True):
+        for _ in range(4):
+            pair.both(step)
+        for model in (pair.plain, pair.fast):
+            output = model(inputs())
+            with pytest.raises(RuntimeError, match="nan values"):
+                (output * torch.inf).sum().backward()
+            model.zero_grad()
+        assert not owes(output)
+    pair.both(step)
+
+
+class Images(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.paths = nn.ModuleList(nn.Conv2d(3, 4, 3) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([path(x) for path in self.paths], 1)
+
+
+def test_gradients_are_laid_out_as_parameters_are() -> None:
+    """Also where a parameter is a part of other memory."""
+
+    def make() -> nn.Module:
+        model = Images().to(memory_format=torch.channels_last)
+        wide = torch.randn(8, 3, 3, 3)
+        model.paths[1].weight = nn.Parameter(wide[::2])
+        return model
+
+    def train(model: nn.Module) -> list[Tensor]:
+        model.zero_grad()
+        model(images).square().sum().backward()
+        return [torch.tensor(p.grad.stride()) for p in weights(model) if p.grad is not None]
+
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    pair = Pair(on_captured, make, calls=0)
+    for _ in range(5):
+        pair.both(train)
+    assert owes(pair.fast(images))
+
+
+def test_backward_in_another_thread(pair: Pair) -> None:
+    def elsewhere(model: nn.Module) -> Sequence[Tensor]:
+        model.zero_grad()
+        first, second = model(inputs()).square().sum(), model(inputs(1)).square().sum()
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(first.backward).result()
+            return threads.submit(torch.autograd.grad, second, weights(model)).result()
+
+    for _ in range(3):
+        pair.both(elsewhere)
+
+
+def test_two_threads_ask_for_their_own(pair: Pair) -> None:
+    """What one asks for does not get to the other's parameters."""
+    mine, theirs = pair.fast, Pair(on_captured, three, calls=3).fast
+    wanted = [torch.autograd.grad(model(inputs()).square().sum(), weights(model)) for model in (mine, theirs)]
+    together = threading.Barrier(2)
+
+    def ask(model: nn.Module) -> list[Sequence[Tensor]]:
+        together.wait(30)
+        return [torch.autograd.grad(model(inputs()).square().sum(), weights(model)) for _ in range(20)]
+
+    with ThreadPoolExecutor(2) as threads:
+        for found, want in zip(threads.map(ask, (mine, theirs)), wanted, strict=True):
+            for gradients in found:
+                torch.testing.assert_close(gradients, want, **TOLERANCE)
+
+
+def test_debts_go_with_their_calls(pair: Pair) -> None:
+    pair.fast(inputs()).sum().backward()
+    pair.fast(inputs())
+    gc.collect()
+    assert len(owing._debts) == 0
