@@ -241,6 +241,15 @@ class Hooked:
         handle.remove()
         return seen
 
+    def late_for_two_calls(self, model: nn.Module) -> list[Tensor]:
+        model.zero_grad()
+        seen: list[Tensor] = []
+        loss = (model(inputs()) * model(inputs(1))).sum()
+        handle = self.hook(model, seen)
+        loss.backward()
+        handle.remove()
+        return seen
+
 
 def doubles(model: nn.Module, seen: list[Tensor]) -> Any:
     return weights(model)[0].register_hook(lambda g: seen.append(g.clone()) or 2 * g)
@@ -263,9 +272,22 @@ def waits_for_all(model: nn.Module, seen: list[Tensor]) -> Any:
 def test_hooks(pair: Pair, hook: Callable[[nn.Module, list[Tensor]], Any]) -> None:
     hooked = Hooked(hook)
     for _ in range(2):
-        pair.both(hooked.early)
-        pair.both(hooked.late)
-        pair.both(step)
+        for use in (hooked.early, hooked.late, hooked.late_for_two_calls, step):
+            pair.both(use)
+
+
+def test_a_hook_sees_what_is_asked_for(pair: Pair) -> None:
+    def ask(model: nn.Module) -> list[Tensor]:
+        model.zero_grad()
+        loss = model(inputs()).square().sum()
+        handle = weights(model)[0].register_hook(lambda g: 0 * g)
+        found = torch.autograd.grad(loss, weights(model))
+        handle.remove()
+        assert not found[0].any()
+        return [*found]
+
+    for _ in range(2):
+        pair.both(ask)
 
 
 def test_a_node_that_the_script_holds() -> None:
@@ -293,18 +315,159 @@ def test_distributed_training_keeps_its_nodes(pair: Pair, monkeypatch: pytest.Mo
     pair.both(step)
 
 
-def test_anomalies_are_found(pair: Pair) -> None:
-    """The gradient of the output is infinite, those of BatchNorm are differences of such."""
-    with torch.autograd.set_detect_anomaly(True):
-        for _ in range(4):
-            pair.both(step)
-        for model in (pair.plain, pair.fast):
-            output = model(inputs())
-            with pytest.raises(RuntimeError, match="nan values"):
-                (output * torch.inf).sum().backward()
-            model.zero_grad()
-        assert not owes(output)
-    pair.both(step)
+class Pays(torch.autograd.Function):
+    """What a replay does that has computed something that is not a number: nothing else looks at it."""
+
+    @staticmethod
+    def forward(ctx: Any, debt: owing.Debt, token: Tensor) -> Tensor:
+        ctx.debt = debt
+        return torch.ones(2)
+
+    @staticmethod
+    def backward(ctx: Any, _gradient: Tensor) -> tuple[None, None]:
+        ctx.debt.pay(ctx, [torch.tensor([1.0, torch.nan])], True)
+        return None, None
+
+
+def test_anomalies_are_found() -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    debt = owing.Debt([parameter])
+    output = Pays.apply(debt, debt.token)
+    with torch.autograd.set_detect_anomaly(True), pytest.raises(RuntimeError, match="nan values in its 0th output"):
+        output.sum().backward(retain_graph=True)
+    assert parameter.grad is None
+    output.sum().backward()
+    assert parameter.grad is not None
+
+
+def frozen_before_backward(model: nn.Module) -> None:
+    """As a discriminator is through which a generator learns."""
+    model.zero_grad()
+    loss = model(inputs()).square().sum()
+    model.requires_grad_(False)
+    loss.backward()
+    model.requires_grad_(True)
+
+
+def hooked_while_frozen(model: nn.Module) -> None:
+    model.zero_grad()
+    loss = model(inputs()).square().sum()
+    weights(model)[0].requires_grad_(False)
+    handle = weights(model)[1].register_hook(lambda g: 2 * g)
+    loss.backward()
+    handle.remove()
+    model.requires_grad_(True)
+
+
+def sparse_before(model: nn.Module) -> list[Tensor]:
+    """A gradient that another use of the parameter has left."""
+    model.zero_grad()
+    first = weights(model)[0]
+    first.grad = torch.ones_like(first).to_sparse()
+    model(inputs()).square().sum().backward()
+    assert first.grad.layout is torch.strided
+    return [first.grad]
+
+
+def shared_gradients(model: nn.Module) -> None:
+    """Two parameters have one tensor for theirs."""
+    model.zero_grad()
+    paths: Any = model.get_submodule("paths")
+    first, second = paths[0][0].weight, paths[1][0].weight
+    first.grad = second.grad = torch.zeros_like(first)
+    for _ in range(2):
+        model(inputs()).square().sum().backward()
+
+
+def another_dtype(model: nn.Module) -> list[Tensor]:
+    """Of the gradient, from now on."""
+    model.zero_grad()
+    first: Any = weights(model)[0]
+    first.grad_dtype = torch.float32
+    loss = model(inputs()).square().sum()
+    (asked,) = torch.autograd.grad(loss, first, retain_graph=True)
+    loss.backward()
+    assert first.grad.dtype == asked.dtype == torch.float32
+    found = [first.grad.double(), asked.double()]
+    first.grad, first.grad_dtype = None, torch.float64
+    return found
+
+
+def graph_outside_of_grad_mode(model: nn.Module) -> list[Tensor]:
+    model.zero_grad()
+    first = weights(model)[0]
+    loss = model(inputs()).square().sum() + first.square().sum()
+    with torch.no_grad():
+        (slope,) = torch.autograd.grad(loss, first, create_graph=True)
+    assert slope.requires_grad
+    return [slope.detach()]
+
+
+def two_calls(model: nn.Module) -> None:
+    model.zero_grad()
+    (model(inputs()) * model(inputs(1))).sum().backward()
+
+
+ODD: list[Use] = [
+    frozen_before_backward,
+    hooked_while_frozen,
+    sparse_before,
+    shared_gradients,
+    another_dtype,
+    graph_outside_of_grad_mode,
+    two_calls,
+]
+
+
+@pytest.mark.parametrize("use", ODD, ids=lambda use: use.__name__)
+def test_odd_uses(pair: Pair, use: Use) -> None:
+    for _ in range(3):
+        pair.both(use)
+        pair.both(step)
+
+
+def test_parameters_that_are_tied_later(pair: Pair) -> None:
+    """The graph still has both, which are one: both parts arrive, one after the other."""
+
+    def tied(model: nn.Module) -> None:
+        model.zero_grad(set_to_none=False)
+        for seed in range(2):
+            model(inputs(seed)).square().sum().backward()
+
+    for model in (pair.plain, pair.fast):
+        paths: Any = model.get_submodule("paths")
+        paths[1][0].weight = paths[0][0].weight
+    for _ in range(6):
+        pair.both(tied)
+
+
+def test_engines_of_others_stay(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has wrapped torch's function after this did is still called."""
+    entered: list[int] = []
+    ours = torch.autograd.graph._engine_run_backward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        entered.append(1)
+        return ours(*args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "_engine_run_backward", counted)
+    monkeypatch.setattr(torch.autograd.graph, "_engine_run_backward", counted)
+    for _ in range(3):
+        pair.fast(inputs()).sum().backward()
+    assert len(entered) >= 3  # what stands in for a recording enters it, too
+
+
+def test_an_engine_that_is_entered_otherwise(pair: Pair) -> None:
+    """Without torch's function in Python, as from C++."""
+
+    def enter(model: nn.Module) -> None:
+        model.zero_grad()
+        for seed in range(2):
+            loss = model(inputs(seed)).square().sum()
+            owing._engine((loss,), (torch.ones_like(loss),), False, False, (), True, True)
+
+    for _ in range(3):
+        pair.both(enter)
 
 
 class Images(nn.Module):

@@ -197,7 +197,7 @@ class Body:
     def differentiate(
         self, ctx: Any, call: _Call, gradients: Sequence[torch.Tensor | None]
     ) -> Sequence[torch.Tensor | None]:
-        """The gradients of what the call has in its graph, in memory that may be kept; nothing is owed after that."""
+        """The gradients of what the call has in its graph, in memory that may be kept; what is owed is paid."""
         present = tuple(i for i, gradient in enumerate(gradients) if gradient is not None)
         saved, places = self._needed(present)
         check_versions(call.args, saved, [call.versions[k] for k in places])
@@ -210,15 +210,15 @@ class Body:
         else:
             found = self._replay_backward(call, present, given)
             are_alike = debt is not None and self._are_alike(debt, present, found)
+        if debt is not None:
+            debt.pay(ctx, [found[k] for k in self._parameters], are_alike)
+            found = [None, *[found[k] for k in self._others]]
         self._note(call, present)
         if not keeps_graph():
             call.spent = True
             if len(present) == sum(self.differentiable):
                 call.args = call.body = call.debt = None
-        if debt is None:
-            return found
-        debt.pay(ctx, [found[k] for k in self._parameters], are_alike)
-        return [None, *[found[k] for k in self._others]]
+        return found
 
     def _are_alike(self, debt: Debt, present: tuple[int, ...], found: Sequence[torch.Tensor | None]) -> bool:
         """Whether gradients out of a recording are laid out like their parameters, as those of all its replays are."""
