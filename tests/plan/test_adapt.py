@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 
 import pytest
 from hypothesis import settings
@@ -169,6 +170,33 @@ def test_a_recorded_tenant_that_changes_nothing_costs_one_trial(name: str) -> No
     came_s, _ = replay.times_of(has_tenant)
     assert {plan for at_s, plan, _ in replay.seen if at_s > came_s and plan is not None} == {WORKERS}
     assert len([line for at_s, line in replay.lines if at_s > came_s and "tries" in line]) == 1
+
+
+def test_a_recorded_load_under_which_another_plan_is_faster() -> None:
+    """Step times are those of the trace, too: the plan changes within ten seconds, and back within twenty."""
+    lines = list(trace.read(TRACES / "cached.jsonl"))
+    loaded = [sample.at_s for sample in trace.samples(lines) if is_loaded(sample)]
+    plans = {"serial": SERIAL, "captured": STREAMS, "captured streams": WORKERS}
+    alone: dict[int, list[float]] = {plan: [] for plan in plans.values()}
+    beside: dict[int, list[float]] = {plan: [] for plan in plans.values()}
+    for line in lines:
+        if isinstance(line, trace.Stepped):
+            if loaded[0] + 1.0 < line.at_s < loaded[-1]:  # before it computes, it is only there
+                beside[plans[line.plan]].append(line.us / 1000)
+            elif not loaded[0] < line.at_s < loaded[-1] + 1.0:
+                alone[plans[line.plan]].append(line.us / 1000)
+    quiet_ms, load_ms = ({plan: median(ms) for plan, ms in times.items()} for times in (alone, beside))
+    assert load_ms[WORKERS] < 0.9 * load_ms[STREAMS]
+    replay = Replay(ms=dict(quiet_ms)).follow("cached", lambda s: dict(load_ms if is_loaded(s) else quiet_ms))
+    came_s, left_s = replay.times_of(is_loaded)
+    assert {plan for at_s, plan, _ in replay.seen if came_s - 5 < at_s < came_s} == {STREAMS}
+    assert {plan for at_s, plan, _ in replay.seen if came_s + 10 < at_s < left_s} == {WORKERS}
+    assert {plan for at_s, plan, _ in replay.seen if at_s > left_s + 20} == {STREAMS}
+
+
+def is_loaded(sample: Sample) -> bool:
+    """In the trace there is an idle process on the GPU all the time."""
+    return len(sample.tenants) > 1
 
 
 def test_a_recorded_memory_hog_takes_the_workers() -> None:
