@@ -191,6 +191,43 @@ def test_what_is_not_in_the_graph_is_an_error(pair: Pair) -> None:
     pair.both(all_asked)
 
 
+def test_a_graph_that_is_spent_is_an_error_for_all(pair: Pair) -> None:
+    for model in (pair.plain, pair.fast):
+        losses = [model(inputs()).square().sum() for _ in range(2)]
+        sum(losses).backward()  # type: ignore[union-attr]
+        first = weights(model)[0]
+        for loss in (losses[0], losses[1] + first.sum()):
+            with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+                torch.autograd.grad(loss, first, allow_unused=True)
+            with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+                loss.backward(inputs=weights(model))
+        model.zero_grad()
+    pair.both(step)
+
+
+def test_two_networks_in_one_backward() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList([three(), three()])
+
+    def capture(model: Any) -> nn.Module:
+        for part in model.parts:
+            on_captured(part)
+        return model
+
+    def train(model: Any) -> None:
+        model.zero_grad()
+        for seed in range(2):
+            first, second = model.parts
+            (first(inputs(seed)) * second(inputs(seed + 7))).sum().backward()
+
+    both = Pair(capture, Both, calls=0)
+    for _ in range(5):
+        both.both(train)
+    assert all(owes(part(inputs())) for part in both.fast.parts)  # type: ignore[union-attr]
+
+
 def test_no_more_runs_than_is_asked_for() -> None:
     """Gradients of one network through another, whose own backward is still to come."""
 
@@ -408,7 +445,71 @@ def two_calls(model: nn.Module) -> None:
     (model(inputs()) * model(inputs(1))).sum().backward()
 
 
+def graphs_that_add_up(model: nn.Module) -> None:
+    """A gradient with a graph stays, and what is added to it later has none."""
+    model.zero_grad()
+    model(inputs()).square().sum().backward(create_graph=True)
+    before = weights(model)[0].grad
+    model(inputs(1)).square().sum().backward()
+    after = weights(model)[0].grad
+    assert before is not None
+    assert after is not None
+    assert after.requires_grad
+    for p in weights(model):
+        p.grad = None if p.grad is None else p.grad.detach()
+
+
+def leaf_gradients(model: nn.Module) -> None:
+    """Gradients that require one themselves."""
+    for p in weights(model):
+        p.grad = torch.ones_like(p, requires_grad=True)
+    model(inputs()).square().sum().backward()
+    for p in weights(model):
+        p.grad = None if p.grad is None else p.grad.detach()
+
+
+def asked_beside_it(model: nn.Module) -> list[Tensor]:
+    """In a hook, through an engine that does not come through here, for something that no parameter is."""
+    model.zero_grad()
+    found = []
+
+    @torch.enable_grad()
+    def ask(_gradient: Tensor) -> None:
+        x = inputs(5).requires_grad_()
+        loss = model(x).square().sum()
+        found.extend(owing._engine((loss,), (torch.ones_like(loss),), False, False, (x,), False, False))
+
+    output = model(inputs())
+    output.register_hook(ask)
+    output.square().sum().backward()
+    return found
+
+
+class Named(torch.autograd.Function):
+    """Has an attribute that nodes of leaves have, too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.variable = weight
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return 2 * gradient, None
+
+
+def edge_of_a_function(model: nn.Module) -> Sequence[Tensor]:
+    model.zero_grad()
+    output = model(inputs())
+    named = Named.apply(output, weights(model)[0])
+    return torch.autograd.grad(named.square().sum(), [get_gradient_edge(named)])
+
+
 ODD: list[Use] = [
+    graphs_that_add_up,
+    leaf_gradients,
+    asked_beside_it,
+    edge_of_a_function,
     frozen_before_backward,
     hooked_while_frozen,
     sparse_before,
@@ -420,6 +521,7 @@ ODD: list[Use] = [
 
 
 @pytest.mark.parametrize("use", ODD, ids=lambda use: use.__name__)
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
 def test_odd_uses(pair: Pair, use: Use) -> None:
     for _ in range(3):
         pair.both(use)
@@ -526,6 +628,44 @@ def test_two_threads_ask_for_their_own(pair: Pair) -> None:
         for found, want in zip(threads.map(ask, (mine, theirs)), wanted, strict=True):
             for gradients in found:
                 torch.testing.assert_close(gradients, want, **TOLERANCE)
+
+
+class Stream:
+    """Of a GPU; notes who waits for whom."""
+
+    def __init__(self, name: str, waits: list[str]) -> None:
+        self.name, self.waits = name, waits
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.waits.append(f"{self.name} for {other.name}")
+
+
+@pytest.mark.parametrize("asks", [True, False], ids=["grad", "backward"])
+def test_streams_wait_for_each_other(pair: Pair, monkeypatch: pytest.MonkeyPatch, asks: bool) -> None:
+    """The script's until gradients are there, and the one that uses their memory next until they have been read."""
+    waits: list[str] = []
+    script, side = Stream("script", waits), Stream("side", waits)
+    current = [script]
+    pay, together = owing.Debt.pay, owing._totals
+
+    def pay_on_side(self: owing.Debt, *args: Any) -> None:
+        current[0] = side
+        pay(self, *args)
+        current[0] = script
+
+    def noted(*args: Any) -> Any:
+        waits.append("read")
+        return together(*args)
+
+    monkeypatch.setattr(owing, "_stream", lambda _: current[0])
+    monkeypatch.setattr(owing.Debt, "pay", pay_on_side)
+    monkeypatch.setattr(owing, "_totals", noted)
+    loss = pair.fast(inputs()).square().sum()
+    if asks:
+        torch.autograd.grad(loss, weights(pair.fast))
+    else:
+        loss.backward()
+    assert waits[-3:] == ["script for side", "read", "side for script"]
 
 
 def test_debts_go_with_their_calls(pair: Pair) -> None:

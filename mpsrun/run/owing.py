@@ -12,8 +12,12 @@ Python comes through `_run_backward`, where what calls owe to their parameters i
 
 Whoever enters autograd's engine in another way has each call pay by itself. Autograd has nodes as ever for parameters
 with hooks, under `torch.distributed`, which hooks the nodes, and where the script holds the node of a parameter when a
-network is recorded, which is how to keep a hook on it. A hook that is set between forward and backward is called, but
-what is owed to its parameter and what comes through the graph are two parts then.
+network is recorded, which is how to keep a hook on it.
+
+What differs: gradients are there when `backward()` returns, not yet in a hook that is called in the middle of it, and
+until then all of them are in memory beside those that they are added to. A hook that is set between forward and
+backward is called, but what is owed to its parameter and what comes through the graph are two parts then, each at its
+own time. While a debt is open, all backwards come in the thread that calls them.
 """
 
 from __future__ import annotations
@@ -62,11 +66,13 @@ class Debt:
         """
         if torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled():
             _check(gradients, ctx)
+        token = ctx.next_functions[0][0]
         payment = Payment(self.parameters, gradients, are_alike, _stream(self.token))
-        if _asked.payments is not None:
+        if _asked.payments is None:
+            if torch._C._will_engine_execute_node(token):
+                _accumulate([payment], None, torch.is_grad_enabled())
+        elif _is_asked_for(token):
             _asked.payments.append(payment)
-        elif torch._C._will_engine_execute_node(ctx.next_functions[0][0]):
-            _accumulate([payment], None, torch.is_grad_enabled())
 
 
 class Payment(NamedTuple):
@@ -93,11 +99,25 @@ def nodes_are_held(parameters: Sequence[Tensor]) -> bool:
     return any(id(node.variable) in ids for node in [o for o in gc.get_objects() if type(o) is _Node])
 
 
+def _grad_dtype(leaf: Tensor) -> torch.dtype:
+    """What its gradient is to have."""
+    wanted: torch.dtype | None = getattr(leaf, "grad_dtype", None)
+    return wanted or leaf.dtype
+
+
 def laid_out_alike(parameter: Tensor, gradient: Tensor) -> bool:
     """Whether AccumulateGrad takes this for the parameter's gradient as it is, if it has none yet."""
     if gradient.layout is not torch.strided or gradient.dtype != parameter.dtype:
         return False
     return gradient.stride() == parameter.stride()
+
+
+def _is_asked_for(token: Any) -> bool:
+    """Whether the backward that runs now accumulates, or was asked for this node."""
+    try:
+        return bool(torch._C._will_engine_execute_node(token))
+    except RuntimeError:  # what torch says of a leaf that was asked for
+        return True
 
 
 def _check(gradients: Sequence[Tensor | None], ctx: Any) -> None:
@@ -145,7 +165,7 @@ def _run_backward(
     before, _asked.payments = _asked.payments, []
     try:
         with torch.autograd.set_multithreading_enabled(False):  # in this thread, where payments arrive
-            result = _engine(
+            result: Any = _engine(
                 outputs,
                 gradients,
                 keep_graph,
@@ -157,11 +177,14 @@ def _run_backward(
         payments = _asked.payments
     finally:
         _asked.payments = before
+    _wait_for(payments)
     if wanted is None or accumulate_grad:
         _accumulate(payments, wanted, create_graph)
-        return result
-    owed = _totals(payments, wanted, create_graph)
-    return _answer(leaves, result[: len(leaves)], owed, create_graph, allow_unreachable)
+    else:
+        owed = _totals(payments, wanted, create_graph)
+        result = _answer(leaves, result[: len(leaves)], owed, create_graph, allow_unreachable)
+    _let_go(payments)
+    return result
 
 
 torch.autograd._engine_run_backward = _run_backward  # type: ignore[assignment]
@@ -171,7 +194,8 @@ torch.autograd.graph._engine_run_backward = _run_backward  # type: ignore[assign
 def _leaf(given: Tensor | GradientEdge) -> Tensor | None:
     """The leaf that this is, or that this edge leads to."""
     if isinstance(given, GradientEdge):
-        return getattr(given.node, "variable", None)
+        node: Any = given.node
+        return node.variable if type(node) is _Node else None
     return given if given.is_leaf else None
 
 
@@ -184,15 +208,13 @@ def _owed_to(wanted: Collection[int]) -> list[Debt]:
 
 def _accumulate(payments: Sequence[Payment], wanted: Collection[int] | None, create_graph: bool) -> None:
     """Do as AccumulateGrad would; wanted: the ids of those that get something, if not all."""
-    _wait_for(payments)
-    if len(payments) == 1 and wanted is None and not create_graph and _are_plain(payments[0]):
-        left = _hand_over(payments[0])
-    else:
-        left = _totals(payments, wanted, create_graph)
-    if left:
-        parameters, gradients = zip(*left.values(), strict=True)
+    left = payments
+    if wanted is None and not create_graph and all(map(_are_plain, payments)):
+        with torch.no_grad():
+            left = [payment._replace(gradients=_hand_over(payment)) for payment in payments]
+    if due := _totals(left, wanted, create_graph):
+        parameters, gradients = zip(*due.values(), strict=True)
         _engine(parameters, gradients, create_graph, create_graph, (), True, True)
-    _let_go(payments)
 
 
 def _are_plain(payment: Payment) -> bool:
@@ -203,10 +225,11 @@ def _are_plain(payment: Payment) -> bool:
     return len({*map(id, parameters)}) == len(parameters)
 
 
-def _hand_over(payment: Payment) -> dict[int, tuple[Tensor, Tensor]]:
-    """Set gradients, or add to them; returns what only autograd can, by the parameters' ids."""
-    odd, sums, addends = {}, [], []
-    for parameter, gradient in zip(payment.parameters, payment.gradients, strict=True):
+def _hand_over(payment: Payment) -> list[Tensor | None]:
+    """Set gradients, or add to them; returns those that only autograd can, with None in the place of the others."""
+    odd: list[Tensor | None] = [None] * len(payment.parameters)
+    sums, addends = [], []
+    for i, (parameter, gradient) in enumerate(zip(payment.parameters, payment.gradients, strict=True)):
         if gradient is None:
             continue
         present = parameter.grad
@@ -214,12 +237,12 @@ def _hand_over(payment: Payment) -> dict[int, tuple[Tensor, Tensor]]:
             try:
                 parameter.grad = gradient
             except RuntimeError:  # its gradient is to have another dtype, say
-                odd[id(parameter)] = parameter, gradient
+                odd[i] = gradient
         elif present.layout is torch.strided:
             sums.append(present)
             addends.append(gradient)
         else:
-            odd[id(parameter)] = parameter, gradient
+            odd[i] = gradient
     if len({present.data_ptr() for present in sums}) < len(sums):  # some share it
         for present, addend in zip(sums, addends, strict=True):
             present.add_(addend)
@@ -233,7 +256,6 @@ def _totals(
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """Parameters that still require a gradient, with the sum of what they get, by their ids."""
     found: dict[int, tuple[Tensor, Tensor]] = {}
-    _wait_for(payments)
     with torch.set_grad_enabled(create_graph):
         for payment in payments:
             for p, gradient in zip(payment.parameters, payment.gradients, strict=True):
@@ -270,14 +292,11 @@ def _answer(
     allow_unused: bool,
 ) -> tuple[Tensor | None, ...]:
     """What is reached through the graph, and what is owed besides, as the hooks of these leaves leave it."""
-    besides: dict[int, Tensor] = {}
-    if owed:
-        parameters, gradients = zip(*owed.values(), strict=True)
-        seen = _engine(parameters, gradients, create_graph, create_graph, parameters, False, False)
-        besides = dict(zip(owed, seen, strict=True))
     result = []
     for leaf, through_graph in zip(leaves, reached, strict=True):
-        also = besides.get(id(leaf))
+        also = owed[id(leaf)][1] if leaf is not None and id(leaf) in owed else None
+        if leaf is not None and also is not None and (leaf._backward_hooks or _grad_dtype(leaf) != also.dtype):
+            (also,) = _engine((leaf,), (also,), create_graph, create_graph, (leaf,), False, False)
         if through_graph is None and also is None and not allow_unused:
             raise RuntimeError(
                 "One of the differentiated Tensors appears to not have been used in the graph. "

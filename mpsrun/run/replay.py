@@ -217,7 +217,7 @@ class Body:
         if not keeps_graph():
             call.spent = True
             if len(present) == sum(self.differentiable):
-                call.args = call.body = call.debt = None
+                call.args = call.body = None
         return found
 
     def _are_alike(self, debt: Debt, present: tuple[int, ...], found: Sequence[torch.Tensor | None]) -> bool:
