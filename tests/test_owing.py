@@ -345,6 +345,16 @@ def test_a_node_that_the_script_holds() -> None:
         torch.testing.assert_close(theirs, mine, **TOLERANCE)
 
 
+def test_a_graph_that_is_alive_holds_no_node() -> None:
+    """Most scripts still have their last loss when a network is recorded."""
+    model = on_captured(three().double())
+    kept = []
+    for _ in range(4):
+        kept.append(model(inputs()).square().sum())
+        kept[-1].backward()
+    assert owes(model(inputs()))
+
+
 def test_distributed_training_keeps_its_nodes(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     outputs = [model(inputs()) for model in (pair.plain, pair.fast)]

@@ -22,8 +22,8 @@ own time. While a debt is open, all backwards come in the thread that calls them
 
 from __future__ import annotations
 
-import gc
 import operator
+import sys
 import threading
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -94,9 +94,18 @@ def may_owe(parameters: Sequence[Tensor]) -> bool:
 
 
 def nodes_are_held(parameters: Sequence[Tensor]) -> bool:
-    """Whether the script has autograd's node of one of these: looks through all objects, some 50 ns for each."""
-    ids = {id(parameter) for parameter in parameters}
-    return any(id(node.variable) in ids for node in [o for o in gc.get_objects() if type(o) is _Node])
+    """Whether the script has autograd's node of one of these."""
+    return any(p.is_leaf and _references_to_node(p) > _NO_OTHERS for p in parameters)
+
+
+def _references_to_node(leaf: Tensor) -> int:
+    """To the one Python object that the node has; a graph that has the node, such as this one, may count as one."""
+    with torch.enable_grad():
+        graph: Any = leaf.view_as(leaf).grad_fn
+    return sys.getrefcount(graph.next_functions[0][0])
+
+
+_NO_OTHERS = _references_to_node(torch.zeros((), requires_grad=True))
 
 
 def _grad_dtype(leaf: Tensor) -> torch.dtype:
