@@ -2,6 +2,9 @@
 
 import copy
 import gc
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +19,7 @@ from torch.autograd.graph import get_gradient_edge, register_multi_grad_hook
 from torch.utils.checkpoint import checkpoint
 from transparency import TOLERANCE
 
+from mpsrun.checkout import with_package
 from mpsrun.run import owing, report
 
 Use = Callable[[nn.Module], Any]
@@ -353,6 +357,22 @@ def test_a_graph_that_is_alive_holds_no_node() -> None:
         kept.append(model(inputs()).square().sum())
         kept[-1].backward()
     assert owes(model(inputs()))
+
+
+def test_it_is_imported_anywhere() -> None:
+    """In inference mode, with another default device."""
+    script = (
+        "import torch\n"
+        "torch.set_default_device('meta')\n"
+        "with torch.inference_mode():\n"
+        "    from mpsrun.run import owing\n"
+        "p = torch.nn.Parameter(torch.zeros(2, device='cpu'))\n"
+        "node = torch.autograd.graph.get_gradient_edge(p).node\n"
+        "assert owing.nodes_are_held([p])\n"
+        "del node\n"
+        "assert not owing.nodes_are_held([p])\n"
+    )
+    subprocess.run([sys.executable, "-c", script], env=with_package(os.environ), check=True, timeout=60)
 
 
 def test_distributed_training_keeps_its_nodes(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,13 +31,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
 _backward_hooks = operator.attrgetter("_backward_hooks")
 _accumulate_hooks = operator.attrgetter("_post_accumulate_grad_hooks")
 _is_leaf = operator.attrgetter("is_leaf")
 _requires_grad = operator.attrgetter("requires_grad")
-_Node: Any = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
 _tokens: dict[torch.device, Tensor] = {}
 _debts: weakref.WeakSet[Debt] = weakref.WeakSet()
 _lock = threading.Lock()  # of the debts
@@ -98,14 +97,21 @@ def nodes_are_held(parameters: Sequence[Tensor]) -> bool:
     return any(p.is_leaf and _references_to_node(p) > _NO_OTHERS for p in parameters)
 
 
+def _graph_of(leaf: Tensor) -> Any:
+    with torch.enable_grad():
+        return leaf.view_as(leaf).grad_fn
+
+
 def _references_to_node(leaf: Tensor) -> int:
     """To the one Python object that the node has; a graph that has the node, such as this one, may count as one."""
-    with torch.enable_grad():
-        graph: Any = leaf.view_as(leaf).grad_fn
+    graph = _graph_of(leaf)
     return sys.getrefcount(graph.next_functions[0][0])
 
 
-_NO_OTHERS = _references_to_node(torch.zeros((), requires_grad=True))
+with torch.inference_mode(False):  # wherever this is imported
+    _leaf_of_nobody = torch.zeros((), device="cpu", requires_grad=True)
+    _NO_OTHERS = _references_to_node(_leaf_of_nobody)
+    _Node: Any = type(_graph_of(_leaf_of_nobody).next_functions[0][0])
 
 
 def _grad_dtype(leaf: Tensor) -> torch.dtype:
