@@ -1,9 +1,9 @@
 """Gradients that go to parameters without a node of autograd's for each of them.
 
-After the backward of a Function, autograd visits an AccumulateGrad for each of its parameters. On an H200's host that
-takes 5 us for each in the thread that called backward, longer than all that is left to do for a small captured step. So
-a call may leave its parameters out of the graph, with a token in their place. All that a script does with autograd from
-Python comes through `_run_backward`, where what calls owe to their parameters is paid once autograd is through:
+After the backward of a Function, autograd visits an AccumulateGrad for each of its parameters, which takes longer than
+all else that is left to do for a small captured step. So a call may leave its parameters out of the graph, with a token
+in their place. All that a script does with autograd from Python comes through `_run_backward`, where what calls owe to
+their parameters is paid once autograd is through:
 
     backward()                          as AccumulateGrad would: set, or added to what is there
     grad(y, parameters)                 the token is asked for as well, and what calls owe is added to the result
