@@ -159,33 +159,6 @@ def asked_in_a_hook(model: nn.Module) -> list[Tensor]:
     return [*torch.autograd.grad(output.square().sum(), weights(model)), *found]
 
 
-USES: list[Use] = [
-    all_asked,
-    some_asked,
-    only_others_asked,
-    some_accumulate,
-    edges_asked,
-    two_batches,
-    zeroed_in_place,
-    kept_graph,
-    kept_and_asked,
-    used_twice,
-    differentiated_twice,
-    with_a_graph,
-    batched,
-    checkpointed,
-    asked_in_a_hook,
-]
-
-
-@pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
-@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
-def test_uses(pair: Pair, use: Use) -> None:
-    for _ in range(3):
-        pair.both(use)
-        pair.both(step)
-
-
 def test_what_is_not_in_the_graph_is_an_error(pair: Pair) -> None:
     stranger = nn.Parameter(torch.ones(2, dtype=torch.float64))
     for model in (pair.plain, pair.fast):
@@ -535,7 +508,22 @@ def edge_of_a_function(model: nn.Module) -> Sequence[Tensor]:
     return torch.autograd.grad(named.square().sum(), [get_gradient_edge(named)])
 
 
-ODD: list[Use] = [
+USES: list[Use] = [
+    all_asked,
+    some_asked,
+    only_others_asked,
+    some_accumulate,
+    edges_asked,
+    two_batches,
+    zeroed_in_place,
+    kept_graph,
+    kept_and_asked,
+    used_twice,
+    differentiated_twice,
+    with_a_graph,
+    batched,
+    checkpointed,
+    asked_in_a_hook,
     graphs_that_add_up,
     leaf_gradients,
     asked_beside_it,
@@ -550,9 +538,9 @@ ODD: list[Use] = [
 ]
 
 
-@pytest.mark.parametrize("use", ODD, ids=lambda use: use.__name__)
+@pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
 @pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
-def test_odd_uses(pair: Pair, use: Use) -> None:
+def test_uses(pair: Pair, use: Use) -> None:
     for _ in range(3):
         pair.both(use)
         pair.both(step)

@@ -202,6 +202,7 @@ def _run_backward(
     return result
 
 
+# Once, when this is imported: whoever wraps it after that stays, and is not lost.
 torch.autograd._engine_run_backward = _run_backward  # type: ignore[assignment]
 torch.autograd.graph._engine_run_backward = _run_backward  # type: ignore[assignment]
 
@@ -307,7 +308,7 @@ def _answer(
     allow_unused: bool,
 ) -> tuple[Tensor | None, ...]:
     """What is reached through the graph, and what is owed besides, as the hooks of these leaves leave it."""
-    result = []
+    result: list[Tensor | None] = []
     for leaf, through_graph in zip(leaves, reached, strict=True):
         also = owed[id(leaf)][1] if leaf is not None and id(leaf) in owed else None
         if leaf is not None and also is not None and (leaf._backward_hooks or _grad_dtype(leaf) != also.dtype):
@@ -317,6 +318,9 @@ def _answer(
                 "One of the differentiated Tensors appears to not have been used in the graph. "
                 "Set allow_unused=True if this is the desired behavior."
             )
-        with torch.set_grad_enabled(create_graph):
-            result.append(also if through_graph is None else through_graph if also is None else through_graph + also)
+        if through_graph is not None and also is not None:
+            with torch.set_grad_enabled(create_graph):
+                result.append(through_graph + also)
+        else:
+            result.append(also if through_graph is None else through_graph)
     return tuple(result)
