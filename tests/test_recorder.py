@@ -1,13 +1,14 @@
 """What recording and replaying ask of CUDA, and in which order, on a GPU that is made up."""
 
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from mpsrun.run import recorder
-from mpsrun.run.recorder import CudaRecorder
+from mpsrun.run.recorder import CudaRecorder, give_back_memory, settle
 
 DEVICE = torch.device("cuda", 0)
 
@@ -99,13 +100,17 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     made = Gpu()
     names = iter(("own", "other"))
     for name, value in {
-        "Stream": lambda _device: Stream(made, next(names)),
         "CUDAGraph": lambda: Graph(made),
         "stream": made.on,
         "device": lambda _device: contextlib.nullcontext(),
         "current_stream": lambda _device=None: made.current,
         "graph_pool_handle": lambda: (0, 1),
         "default_generators": (Generator().manual_seed(7),),
+        "synchronize": lambda _device=None: made.asked.append("wait for everything"),
+        "empty_cache": lambda: made.asked.append("give back"),
+        "max_memory_allocated": lambda _device: 0,
+        "memory_allocated": lambda _device: 0,
+        "mem_get_info": lambda _device: (1, 1),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     torch.cuda.default_generators[0].set_offset(12)
@@ -119,6 +124,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", raw, raising=False)
     monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(recorder, "captured_streams", lambda _device: [])
+    monkeypatch.setattr(recorder, "own_stream", lambda _device: Stream(made, next(names)))
     return made
 
 
@@ -135,6 +141,34 @@ def test_a_recording_waits_for_what_is_under_way_and_has_workspaces_of_its_own(g
     assert gpu.take() == [work[0], "wait for script", *work[2:]]
     recording.replay()
     assert gpu.take() == ["script behind own", "replay on script"], "behind what a capture sets back"
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [lambda made: made.make_room(), lambda _: settle(), lambda _: give_back_memory()],
+    ids=["room", "wait", "give"],
+)
+def test_nothing_that_would_end_a_recording_comes_beside_it(gpu: Gpu, ask: Callable[[CudaRecorder], object]) -> None:
+    made = CudaRecorder(DEVICE)
+    asking = threading.Event()
+
+    def other() -> None:
+        asking.set()
+        ask(made)
+
+    thread = threading.Thread(target=other)
+
+    def work() -> None:
+        thread.start()
+        asking.wait(10)
+        thread.join(0.1)
+
+    made.record(work)
+    thread.join(10)
+    recorded = ["clear workspaces", "wait for own", "begin", "end", "clear workspaces"]
+    asked = gpu.take()
+    assert asked[: len(recorded)] == recorded
+    assert asked[len(recorded) :], "what the other thread asked for"
 
 
 def test_replays_follow_each_other_across_streams(gpu: Gpu) -> None:

@@ -7,11 +7,10 @@ the CPU. This file and shares.py are all that talks to the CUDA driver.
 from __future__ import annotations
 
 import ctypes
-import functools
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from cuda.bindings import driver
 
 from mpsrun.device.base import COUNTER_BYTES, COUNTER_STRIDE_BYTES, Chunk, ChunkHandle, TensorRef, dtype_name
-from mpsrun.device.shares import WHOLE, stream_on
+from mpsrun.device.shares import WHOLE, driver_function, stream_on
 from mpsrun.errors import MemoryGone, MpsrunError, NotShippable
 
 _WAIT = int(driver.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WAIT_VALUE_32)
@@ -70,7 +69,7 @@ class CudaDevice:
         self._buffers: dict[int, tuple[int, int]] = {}  # address and buffer id, by exported chunk
         self._counters: Chunk | None = None
         self._operations: dict[tuple[int, tuple[int, ...]], ctypes.Array[_Operation]] = {}
-        self._batch = _driver_function("cuStreamBatchMemOp_v2", "pIpI")
+        self._batch = driver_function("cuStreamBatchMemOp_v2", "pIpI")
         self._submitting = threading.Lock()
         # Another priority is another hardware queue: not the one in which a waiting stream is held.
         self._peek_stream = torch.cuda.Stream(index, priority=-1)
@@ -265,21 +264,10 @@ class CudaDevice:
         torch.cuda.synchronize(self.index)
 
 
-@functools.cache
-def _driver_function(name: str, kinds: str) -> Callable[..., int]:
-    """A function of the driver for what every step calls; `kinds` are p (pointer) or I (unsigned) by argument.
-
-    By way of ctypes: cuda-bindings makes and checks new objects in each call, which takes longer than the driver.
-    """
-    function = ctypes.CDLL("libcuda.so.1")[name]
-    function.argtypes = [ctypes.c_void_p if kind == "p" else ctypes.c_uint for kind in kinds]
-    return function
-
-
 def _buffer_id(address: int) -> int | None:
     """What tells one allocation from a later one at the same address; None where nothing is allocated there."""
     found = ctypes.c_uint64()
-    status = _driver_function("cuPointerGetAttribute", "pIp")(ctypes.addressof(found), _BUFFER_ID, address)
+    status = driver_function("cuPointerGetAttribute", "pIp")(ctypes.addressof(found), _BUFFER_ID, address)
     return None if status else found.value
 
 

@@ -8,6 +8,7 @@ and is changed between two kernels without starting anything again.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import threading
 from collections.abc import Callable
@@ -94,7 +95,7 @@ class GreenContexts:
         return values[0] if len(values) == 1 else tuple(values)
 
 
-_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING, which streams of green contexts have to be
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: the default stream does not hold it; green contexts have no others
 
 
 def groups_of(start_percent: int, percent: int, count: int) -> tuple[int, ...]:
@@ -114,7 +115,34 @@ def stream_on(device: torch.device, lane: int, place: tuple[int, int]) -> torch.
             return shares(device).stream(lane, *place)
         except MpsrunError as error:
             log.say(f"a lane has the whole GPU instead of {place[1]}%: {error}")
-    return torch.cuda.Stream(device)
+    return own_stream(device)
+
+
+def own_stream(device: torch.device) -> torch.cuda.Stream:
+    """Another stream, which nobody else gets and which lives as long as the process.
+
+    Those that torch makes are 32, which it hands out again and again: a stream of the script may be one that something
+    is just recorded on. Raises `MpsrunError` where the driver cannot make one.
+    """
+    raw = ctypes.c_void_p()
+    with torch.cuda.device(device):
+        torch.zeros(1, device=device)  # makes the process's own context current
+        status = driver_function("cuStreamCreate", "pI")(ctypes.addressof(raw), _NON_BLOCKING)
+    if status or raw.value is None:
+        raise MpsrunError(f"cuStreamCreate failed: error {status} of the CUDA driver")
+    return torch.cuda.ExternalStream(raw.value, device=device)
+
+
+@functools.cache
+def driver_function(name: str, kinds: str) -> Callable[..., int]:
+    """A function of the CUDA driver; `kinds` are p (pointer) or I (unsigned) by argument.
+
+    By way of ctypes: cuda-bindings need not be there, and make and check new objects in each call, which takes longer
+    than the driver.
+    """
+    function = ctypes.CDLL("libcuda.so.1")[name]
+    function.argtypes = [ctypes.c_void_p if kind == "p" else ctypes.c_uint for kind in kinds]
+    return function
 
 
 @functools.cache

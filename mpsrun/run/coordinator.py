@@ -19,6 +19,7 @@ from mpsrun.run.crossing import Crossing, Handed
 from mpsrun.run.garbage import Garbage
 from mpsrun.run.link import STEP, SUBMITTED, Link, Replayed, Work
 from mpsrun.run.pool import Pool
+from mpsrun.run.recorder import give_back_memory
 from mpsrun.run.relay import Relay
 from mpsrun.run.setup import Setup
 from mpsrun.run.standin import StandIn
@@ -283,8 +284,7 @@ class Coordinator:
             self._tidy()
             self.pool.tell(m.Trim())
         if self.device.kind == "cuda":
-            torch.cuda.synchronize()  # expandable segments are unmapped below what other streams still do there
-            torch.cuda.empty_cache()
+            give_back_memory()
 
     def _tidy(self) -> None:
         """Tell the workers what they need not keep."""

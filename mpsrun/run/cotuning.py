@@ -30,7 +30,7 @@ from mpsrun.run import state as modes
 from mpsrun.run.lower import Lowered
 from mpsrun.run.plainrun import PlainRun, generators
 from mpsrun.run.profile import Profiler, undisturbed
-from mpsrun.run.recorder import CudaRecorder, Recorder, Recording, Repeater
+from mpsrun.run.recorder import CudaRecorder, Recorder, Recording, Repeater, give_back_memory, settle
 from mpsrun.run.streams import open_sides
 
 Result = TypeVar("Result")
@@ -237,10 +237,10 @@ def _stream(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 def _apart(device: torch.device) -> Iterator[None]:
     """Nothing of the script is under way before, and nothing of these threads afterwards: both use the parameters."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        settle(device)
     yield
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        settle(device)
 
 
 @contextlib.contextmanager
@@ -260,7 +260,7 @@ def _at_most(device: torch.device, more_bytes: int) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    torch.cuda.empty_cache()
+    give_back_memory()
     before = torch.cuda.get_per_process_memory_fraction(device)
     most_bytes = torch.cuda.memory_reserved(device) + more_bytes
     total_bytes = torch.cuda.get_device_properties(device).total_memory

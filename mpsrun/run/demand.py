@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mpsrun import log
 from mpsrun.errors import in_a_line
+from mpsrun.run.recorder import settle
 
 Trace = Mapping[str, Any]
 WARP = 32
@@ -142,7 +143,7 @@ def _traced(run: Callable[[], object]) -> Trace | None:
     try:
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             run()
-            torch.cuda.synchronize()
+            settle()
         with tempfile.TemporaryDirectory(prefix="mpsrun-") as folder:
             path = Path(folder) / "trace.json"
             profiler.export_chrome_trace(str(path))
@@ -155,9 +156,9 @@ def _traced(run: Callable[[], object]) -> Trace | None:
 
 def _mark() -> None:
     """A kernel that no run has, with nothing under way on any stream before or after it."""
-    torch.cuda.synchronize()
+    settle()
     torch.cuda._sleep(1)
-    torch.cuda.synchronize()
+    settle()
 
 
 @functools.cache

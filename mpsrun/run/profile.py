@@ -24,6 +24,7 @@ from mpsrun.run import state as modes
 from mpsrun.run.demand import Demand
 from mpsrun.run.layout import TensorMeta
 from mpsrun.run.observe import Observation
+from mpsrun.run.recorder import settle
 
 RUNS = 3  # after one that warms up
 LIMIT_S = 5.0
@@ -225,7 +226,7 @@ def _mark(kind: str) -> Any:
     """A moment at which nothing is under way."""
     if kind != "cuda":
         return time.perf_counter()
-    torch.cuda.synchronize()
+    settle()
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event

@@ -18,11 +18,13 @@ from typing import Any, Protocol
 import torch
 
 from mpsrun import log
+from mpsrun.device.shares import own_stream
 from mpsrun.run.streams import captured_streams
 
 Function = Callable[[], Any]
 GRAPHS_RELEASE = torch.__version__ >= "2.14"  # a graph whose capture has failed gives its memory back
 _eras: Counter[torch.device] = Counter()
+_alone = threading.RLock()  # held while something is recorded
 
 
 class Recording(Protocol):
@@ -66,7 +68,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = own_stream(device)
         self._last = self._stream  # that of the last replay
         self._lock = threading.Lock()  # a script may train in several threads
 
@@ -77,8 +79,9 @@ class CudaRecorder:
 
     def make_room(self) -> None:
         """A recording keeps what a step needs at most; as much must be left for steps that run without it."""
-        self._last.synchronize()  # expandable segments are unmapped below whatever other streams still do there
-        torch.cuda.empty_cache()  # nothing can be given back while something is recorded
+        with _alone:
+            self._last.synchronize()  # expandable segments are unmapped below whatever other streams still do there
+            torch.cuda.empty_cache()  # nothing can be given back while something is recorded
         step_bytes = torch.cuda.max_memory_allocated(self._device) - torch.cuda.memory_allocated(self._device)
         free_bytes = torch.cuda.mem_get_info(self._device)[0]
         if free_bytes < 2 * step_bytes:
@@ -91,7 +94,7 @@ class CudaRecorder:
         """Other threads go on meanwhile: only what this one does must be fit for a graph."""
         pool: Any = forward.pool if isinstance(forward, _CudaRecording) else torch.cuda.graph_pool_handle()
         graph, begin_s = torch.cuda.CUDAGraph(), time.perf_counter()
-        with self._lock, _uncollected(), self._on_stream(), restoring(self._device, pool), _own_workspaces():
+        with _alone, self._lock, _uncollected(), self._on_stream(), restoring(self._device, pool), _own_workspaces():
             self._last.synchronize()  # its random ops still read what a capture resets
             self._last = self._stream
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
@@ -150,6 +153,19 @@ class CudaRecorder:
         with self._lock:
             self._follow()
             graph.replay()
+
+
+def settle(device: torch.device | None = None) -> None:
+    """Wait for all of a device (the current one); asked for meanwhile, it would end what another thread records."""
+    with _alone:
+        torch.cuda.synchronize(device)
+
+
+def give_back_memory() -> None:
+    """Give back what torch's allocator keeps for later, once nothing is under way or recorded."""
+    with _alone:
+        torch.cuda.synchronize()  # expandable segments are unmapped below what other streams still do there
+        torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager

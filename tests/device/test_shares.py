@@ -2,6 +2,8 @@
 
 # ruff: noqa: N802 - the driver's own names
 
+import contextlib
+import ctypes
 from collections.abc import Iterator
 from enum import IntEnum
 from types import SimpleNamespace
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 
 from mpsrun.device import CpuDevice
 from mpsrun.device import shares as module
-from mpsrun.device.shares import WHOLE, GreenContexts, groups_of, shares, stream_on
+from mpsrun.device.shares import WHOLE, GreenContexts, groups_of, own_stream, shares, stream_on
 from mpsrun.errors import MpsrunError
 
 
@@ -117,11 +119,31 @@ def test_a_cpu_has_none() -> None:
 def test_a_lane_without_its_share_has_the_whole_gpu(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: ("ordinary", device))
+    monkeypatch.setattr(module, "own_stream", lambda device: ("ordinary", device))
     assert stream_on(torch.device("cpu"), -1, WHOLE) == ("ordinary", torch.device("cpu"))
     assert capfd.readouterr().err == ""
     assert stream_on(torch.device("cpu"), -1, (0, 40)) == ("ordinary", torch.device("cpu"))
     assert "the whole GPU instead of 40%" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("status", [0, 2])
+def test_a_stream_that_nobody_else_has(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def create(address: int, flags: int) -> int:
+        asked.append(flags)
+        ctypes.c_void_p.from_address(address).value = 0x1000
+        return status
+
+    monkeypatch.setattr(module, "driver_function", lambda name, kinds: {("cuStreamCreate", "pI"): create}[name, kinds])
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.empty(1))
+    monkeypatch.setattr(torch.cuda, "device", lambda _device: contextlib.nullcontext())
+    if status:
+        with pytest.raises(MpsrunError, match="cuStreamCreate failed: error 2"):
+            own_stream(torch.device("cuda", 3))
+    else:
+        assert own_stream(torch.device("cuda", 3)) == (0x1000, 3)
+    assert asked == [1], "one that the default stream does not hold"
 
 
 def test_without_a_gpu_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from transparency import assert_same, moved, trained
 from mpsrun.run import captured, report
 from mpsrun.run.captured import Captured
 from mpsrun.run.recorder import CudaRecorder, Recording
-from mpsrun.run.streams import CudaSides
+from mpsrun.run.streams import CudaSides, captured_streams
 
 pytestmark = pytest.mark.gpu
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
@@ -297,6 +297,19 @@ def test_one_thread_records_while_another_runs_op_by_op(daemon: None, made: list
         found = [result for half in threads.map(evaluated, (batches[:20], batches[20:])) for result in half]
     assert_outputs(plain, batches, found)
     assert any(captured.replays for captured in made)  # each thread may have had the network compiled
+
+
+def test_nothing_is_recorded_on_a_stream_of_the_script(daemon: None, made: list[Captured]) -> None:
+    """Else what another thread does there, as one that copies batches ahead, would become a part of the recording."""
+    _, fast, batches = evaluation(4)
+    with torch.no_grad():
+        for batch in batches:
+            fast(batch)
+    assert made[0].replays == 3
+    device = torch.device("cuda", torch.cuda.current_device())
+    recorded_on = {stream.cuda_stream for stream in [CudaRecorder(device)._stream, *captured_streams(device)]}
+    assert len(recorded_on) > 2
+    assert recorded_on.isdisjoint({torch.cuda.Stream(priority=i % 2 - 1).cuda_stream for i in range(128)})
 
 
 def test_a_recording_outlives_those_before_it(daemon: None) -> None:
