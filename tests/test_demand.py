@@ -91,7 +91,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(demand, "profile", lambda **_: Profiler())
     monkeypatch.setattr(demand, "_mark", lambda: None)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: None)
     monkeypatch.setattr(Multiprocessors, "of_current", lambda: H100)
     monkeypatch.setattr(demand.log, "say", lines.append)
     demand._say_why.cache_clear()
