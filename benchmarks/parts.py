@@ -1,21 +1,29 @@
-"""What a step is made of: the lead's CPU at a crossing, the GPU-side hand-off, the way to the first step, memory."""
+"""What a step is made of: the lead's CPU at a crossing, the GPU-side hand-off, the way to the first step, memory.
+
+And what comes before the step: profiling and trying plans.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import torch
 from torch import nn
 
+from benchmarks import matrix
 from benchmarks.captured_host import lead_us
 from benchmarks.cases import Case, Input, Network, chosen
+from benchmarks.engines import AUTO
 from benchmarks.steps import Stepper, device, spread, synchronize
 from mpsrun import config
 from mpsrun.device import ChunkHandle, open_device
@@ -24,6 +32,8 @@ from mpsrun.run import session
 ROOT = Path(__file__).parents[1]
 WORKERS = "mpsrun workers"
 FIRST_STEP_REPEATS = 3
+TUNING_REPEATS = 3
+LATER_STEPS = 20
 
 
 class Small(nn.Module):
@@ -132,6 +142,34 @@ def _times(command: list[str]) -> list[float]:
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=ROOT, check=True)
     words = [line.split() for line in done.stdout.splitlines() if line.startswith("step ")]
     return [round(float(word) - start, 2) for _, word in words]
+
+
+def tuning(case: Case) -> dict[str, Any]:
+    """Seconds of the first steps beyond later ones: with all plans to be tried, and with the plan from a cache.
+
+    Both compile and record the network; what they differ by is profiling and trying plans.
+    """
+    model = matrix.make(case)
+    _first_steps_s(case, model)  # not measured: libraries are loaded, and kernels chosen
+    cold, warm = [], []
+    for _ in range(TUNING_REPEATS):
+        with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, XDG_CACHE_HOME=cache):
+            cold.append(_first_steps_s(case, model))
+            warm.append(_first_steps_s(case, model))
+    return {
+        "part": f"{case.name}: first steps under auto beyond later ones, s",
+        "plans to be tried": spread(cold, 2),
+        "plan from the cache": spread(warm, 2),
+        "profiling and trying": round(statistics.median(cold) - statistics.median(warm), 2),
+    }
+
+
+def _first_steps_s(case: Case, model: nn.Module) -> float:
+    stepper = Stepper(case, model, AUTO)
+    seconds = stepper.warm_up()
+    later_s = stepper.time_steps(LATER_STEPS) / 1e3
+    matrix.forget()
+    return seconds - stepper.warm_up_steps * later_s
 
 
 def soak(steps: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.machinery
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import bound, by_hand, captured_host, matrix, memory, page, steps
+from benchmarks import bound, by_hand, captured_host, matrix, memory, page, parts, steps
 from benchmarks.cases import NETWORKS, TRIAL, Case, Input, Network, chosen
 from benchmarks.engines import AUTO, ENGINES, SLOW
 from benchmarks.results import Results
@@ -492,6 +493,30 @@ def test_what_is_not_captured_is_not_measured(monkeypatch: pytest.MonkeyPatch) -
     )
     with pytest.raises(RuntimeError, match="expected trial-4 to be captured"):
         captured_host.captured_host(TRIAL_CASE, 1, 1)
+
+
+def test_what_trying_plans_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The first of each pair finds an empty cache, the second what the first has left there."""
+    seen: list[bool] = []
+
+    class Told(steps.Stepper):
+        def warm_up(self) -> float:
+            plan = Path(os.environ["XDG_CACHE_HOME"], "plan")
+            seen.append(plan.exists())
+            plan.touch()
+            self.warm_up_steps = 10 if seen[-1] else 40
+            return 2.0 if seen[-1] else 6.0
+
+        def time_steps(self, count: int) -> float:
+            return 50.0
+
+    monkeypatch.setattr(parts, "Stepper", Told)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    row = parts.tuning(TRIAL_CASE)
+    assert seen == [False, False, True, False, True, False, True]
+    assert row["plans to be tried"] == [4.0, 4.0, 4.0]
+    assert row["plan from the cache"] == [1.5, 1.5, 1.5]
+    assert row["profiling and trying"] == 2.5
 
 
 def refuse() -> None:
