@@ -67,12 +67,13 @@ class Failing(Overwriting):
         self.bad: list[Overwritten] = []
         self.failures = 0
         self.next_is_bad: Callable[[], bool] = lambda: False
+        self.says = "operation not permitted when stream is capturing"
 
     def record(self, function: Callable[[], Any], forward: "Overwritten | None" = None) -> "Overwritten":
         if any(forward is known for known in self.bad):
             self.era += 1
             self.failures += 1
-            raise RuntimeError("operation not permitted when stream is capturing")
+            raise RuntimeError(self.says)
         made = super().record(function, forward)
         if forward is None and self.next_is_bad():
             self.bad.append(made)

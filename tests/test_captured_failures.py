@@ -45,6 +45,21 @@ def test_it_is_tried_once(made: list[Captured], recorder: Failing, capfd: pytest
     assert "RuntimeError: operation not permitted" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("times", [captured.MOST_ENDED, captured.MOST_ENDED + 1])
+def test_what_another_thread_ended_is_tried_again(
+    times: int, made: list[Captured], recorder: Failing, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As often as that is likely to be by chance."""
+    recorder.says = "CUDA error: operation failed due to a previous error during capture"
+    recorder.next_is_bad = lambda: recorder.failures < times
+    Pair(on_captured, three, calls=16)
+    assert recorder.failures == times
+    gave_up = times > captured.MOST_ENDED
+    assert (made[0].failure is not None) == gave_up
+    assert ("it runs uncaptured" in capfd.readouterr().err) == gave_up
+    assert gave_up or made[0].replays > times + 1
+
+
 def test_other_networks_are_recorded_anew(made: list[Captured], recorder: Failing) -> None:
     """As often as recordings fail: they have not moved, and lose a call or two each time."""
     good = Pair(on_captured, three, calls=4)

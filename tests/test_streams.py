@@ -1,5 +1,6 @@
 """Which side streams a region forks into, on streams that are made up."""
 
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,25 @@ def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[Any, Any]]:
 def sides(monkeypatch: pytest.MonkeyPatch, records: bool) -> list[Any]:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: records)
     return [*streams.CudaSides(DEVICE, [(-1, ()), (-2, ())], {}, apart=False)._sides.values()]
+
+
+@pytest.mark.parametrize("records", [False, True])
+def test_what_sides_read_is_there_until_main_waits_for_them(records: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a recording frees is freed behind it anyway."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: records)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda _stream: None)
+
+    class Given:
+        """In the place of a tensor."""
+
+    given = Given()
+    found = weakref.ref(given)
+    lanes = streams.CudaSides(DEVICE, [(-1, (given,))], {}, apart=False)
+    lanes._main.wait_stream = lambda _stream: None
+    del given
+    assert (found() is None) == records
+    lanes.join(())
+    assert found() is None
 
 
 def test_what_is_recorded_has_streams_of_its_own(monkeypatch: pytest.MonkeyPatch, known: dict[Any, Any]) -> None:

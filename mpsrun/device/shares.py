@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from mpsrun import log
-from mpsrun.errors import MpsrunError
+from mpsrun.errors import MpsrunError, in_a_line
 
 WHOLE = (0, 100)  # where a share starts and how large it is, in percent of the multiprocessors
 
@@ -122,15 +122,23 @@ def own_stream(device: torch.device) -> torch.cuda.Stream:
     """Another stream, which nobody else gets and which lives as long as the process.
 
     Those that torch makes are 32, which it hands out again and again: a stream of the script may be one that something
-    is just recorded on. Raises `MpsrunError` where the driver cannot make one.
+    is just recorded on. It is one of them, and one line why, where the driver cannot make another.
     """
     raw = ctypes.c_void_p()
     with torch.cuda.device(device):
         torch.zeros(1, device=device)  # makes the process's own context current
-        status = driver_function("cuStreamCreate", "pI")(ctypes.addressof(raw), _NON_BLOCKING)
+        try:
+            status = driver_function("cuStreamCreate", "pI")(ctypes.addressof(raw), _NON_BLOCKING)
+        except (OSError, AttributeError) as error:
+            return _torchs_stream(device, in_a_line(error))
     if status or raw.value is None:
-        raise MpsrunError(f"cuStreamCreate failed: error {status} of the CUDA driver")
+        return _torchs_stream(device, f"error {status} of the CUDA driver")
     return torch.cuda.ExternalStream(raw.value, device=device)
+
+
+def _torchs_stream(device: torch.device, reason: str) -> torch.cuda.Stream:
+    log.say(f"a lane has a stream that the script may get, too: cuStreamCreate failed ({reason})")
+    return torch.cuda.Stream(device)
 
 
 @functools.cache

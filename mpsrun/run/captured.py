@@ -21,7 +21,7 @@ from typing import Any
 from mpsrun import log
 from mpsrun.errors import NotNow, NotShippable, in_a_line
 from mpsrun.run import state as modes
-from mpsrun.run.recorder import Recorder
+from mpsrun.run.recorder import Recorder, was_ended
 from mpsrun.run.replay import Body, Settings, Thrift
 from mpsrun.run.subject import Subject
 
@@ -33,6 +33,7 @@ STEPS_BEFORE_THRIFT = 32
 MOST_RECORDED = 8
 NO_THRIFT = Thrift(frees=False, lends=False)
 MOST_AT_ONCE = 4  # calls whose backward is yet to come
+MOST_ENDED = 3  # recordings that another thread of the script ends, before there are no more
 MOST_IDLE = 64  # replays of others, after which a recording is dropped: calls do not overlap any more
 
 
@@ -52,6 +53,7 @@ class Captured:
         self._may_lend = True
         self._most = 1 if recorder.has_workers else MOST_AT_ONCE
         self._bodies: list[Body] = []
+        self._ended = 0  # how many recordings another thread ended
         self._moves = 0  # how often recordings were dropped since something was not as they need it
         self._settings: Settings | None = None  # those of the last call that ran as it is
         self._bumps: dict[int, int] = {}  # by argument, how many versions it gains in a call
@@ -143,7 +145,9 @@ class Captured:
 
     def _fail(self, thrift: Thrift, error: Exception) -> None:
         """What was not recorded is not tried again in this way: not with thrift, not beside those that there are."""
-        if thrift.frees:
+        if was_ended(error) and self._ended < MOST_ENDED:
+            self._ended += 1
+        elif thrift.frees:
             self._spend()
         elif self._bodies:
             self._most = len(self._bodies)

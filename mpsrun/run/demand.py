@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mpsrun import log
 from mpsrun.errors import in_a_line
-from mpsrun.run.recorder import settle
+from mpsrun.run.recorder import alone, settle
 
 Trace = Mapping[str, Any]
 WARP = 32
@@ -141,9 +141,13 @@ def kernel_names(run: Callable[[], object]) -> Counter[str] | None:
 
 def _traced(run: Callable[[], object]) -> Trace | None:
     try:
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        profiler = profile(activities=[ProfilerActivity.CUDA])
+        profiler.start()
+        try:
             run()
-            settle()
+        finally:
+            with alone():  # it waits for the device itself
+                profiler.stop()
         with tempfile.TemporaryDirectory(prefix="mpsrun-") as folder:
             path = Path(folder) / "trace.json"
             profiler.export_chrome_trace(str(path))

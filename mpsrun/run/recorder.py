@@ -34,6 +34,11 @@ class Recording(Protocol):
         """Submit its work to the current stream; returns the function's results, which the next replay overwrites."""
 
 
+def was_ended(error: BaseException) -> bool:
+    """Whether a recording failed by what another thread did: by what its own did, CUDA says so at once."""
+    return "previous error during capture" in str(error)
+
+
 class Recorder(Protocol):
     """Makes recordings on one device."""
 
@@ -153,6 +158,11 @@ class CudaRecorder:
         with self._lock:
             self._follow()
             graph.replay()
+
+
+def alone() -> contextlib.AbstractContextManager[Any]:
+    """Nothing is recorded meanwhile, but by this thread: for what waits for a device."""
+    return _alone
 
 
 def settle(device: torch.device | None = None) -> None:

@@ -49,6 +49,8 @@ class CudaSides:
         self._apart = apart
         self._main = torch.cuda.current_stream(device)
         records = torch.cuda.is_current_stream_capturing()
+        # Until main waits for the sides: torch forgets who uses what is freed while another thread records.
+        self._inputs = () if records else inputs
         self._sides = {lane: _stream(device, records, lane, places.get(lane, WHOLE)) for lane, _ in inputs}
         fork = self._main.record_event()
         for lane, values in inputs:
@@ -64,6 +66,7 @@ class CudaSides:
         self.use(MAIN)
         for stream in self._sides.values():
             self._main.wait_stream(stream)
+        self._inputs = ()
         for _, values in outputs:
             _lend(values, self._main)
 
@@ -85,7 +88,8 @@ def open_sides(device: torch.device, inputs: LaneValues, places: Places, apart: 
 
 def captured_streams(device: torch.device) -> list[torch.cuda.Stream]:
     """Those of a device that something was recorded on so far."""
-    return [stream for (where, records, *_), stream in _streams.items() if where == device and records]
+    known = list(_streams.items())  # another thread may add to them
+    return [stream for (where, records, *_), stream in known if where == device and records]
 
 
 def _stream(device: torch.device, records: bool, lane: int, place: tuple[int, int]) -> torch.cuda.Stream:
@@ -94,7 +98,7 @@ def _stream(device: torch.device, records: bool, lane: int, place: tuple[int, in
         # A script that holds its last loss also holds what accumulated gradients on the streams of the plan before.
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         for use in (False, True):  # at once, so that none is made while something is recorded
-            _streams[device, use, lane, place] = stream_on(device, lane, place)
+            _streams.setdefault((device, use, lane, place), stream_on(device, lane, place))
     return _streams[key]
 
 

@@ -127,23 +127,40 @@ def test_a_lane_without_its_share_has_the_whole_gpu(
 
 
 @pytest.mark.parametrize("status", [0, 2])
-def test_a_stream_that_nobody_else_has(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+def test_a_stream_that_nobody_else_has(
+    status: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[object] = []
 
     def create(address: int, flags: int) -> int:
         asked.append(flags)
         ctypes.c_void_p.from_address(address).value = 0x1000
         return status
 
+    @contextlib.contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        asked.append(f"device {device.index}")
+        yield
+
     monkeypatch.setattr(module, "driver_function", lambda name, kinds: {("cuStreamCreate", "pI"): create}[name, kinds])
+    monkeypatch.setattr(torch, "zeros", lambda _size, device: asked.append(f"context {device.index}"))
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: ("torch's", device.index))
+    assert own_stream(torch.device("cuda", 3)) == (("torch's", 3) if status else (0x1000, 3))
+    assert ("cuStreamCreate failed (error 2" in capfd.readouterr().err) == bool(status)
+    assert asked == ["device 3", "context 3", 1], "one that the default stream does not hold, in that device's context"
+
+
+def test_a_driver_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    def missing(*_: str) -> None:
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(module, "driver_function", missing)
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.empty(1))
     monkeypatch.setattr(torch.cuda, "device", lambda _device: contextlib.nullcontext())
-    if status:
-        with pytest.raises(MpsrunError, match="cuStreamCreate failed: error 2"):
-            own_stream(torch.device("cuda", 3))
-    else:
-        assert own_stream(torch.device("cuda", 3)) == (0x1000, 3)
-    assert asked == [1], "one that the default stream does not hold"
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: ("torch's", device.index))
+    assert own_stream(torch.device("cuda", 0)) == ("torch's", 0)
+    assert "libcuda.so.1" in capfd.readouterr().err
 
 
 def test_without_a_gpu_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

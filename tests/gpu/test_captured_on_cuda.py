@@ -307,7 +307,9 @@ def test_nothing_is_recorded_on_a_stream_of_the_script(daemon: None, made: list[
             fast(batch)
     assert made[0].replays
     device = torch.device("cuda", torch.cuda.current_device())
-    recorded_on = {stream.cuda_stream for stream in [CudaRecorder(device)._stream, *captured_streams(device)]}
+    recorder = made[0]._recorder
+    assert isinstance(recorder, CudaRecorder)
+    recorded_on = {stream.cuda_stream for stream in [recorder._stream, *captured_streams(device)]}
     assert len(recorded_on) > 2
     assert recorded_on.isdisjoint({torch.cuda.Stream(priority=i % 2 - 1).cuda_stream for i in range(128)})
 
