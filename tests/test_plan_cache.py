@@ -30,7 +30,6 @@ ENTRY = Entry(
     plan="region 0: lead | worker 1\nregion 3: declined, too small\n",
     medians_us={"serial": 40_500.0, "workers, 4 lanes": 14_600.5},
     branch_us={0: (9_000.0, 9_100.5)},
-    created_s=1.5e9,
 )
 
 

@@ -73,7 +73,7 @@ class Status(msgspec.Struct, frozen=True):
         return "\n".join([*lines, *([f"problem         {self.problem}"] if self.problem else [])])
 
 
-def status(places: Places, memory_mib: Mapping[int, int], deadline_s: float = 5.0) -> Status:
+def status(places: Places, memory_mib: Mapping[int, int]) -> Status:
     """Ask daemon and control daemon. memory_mib: by pid, what NVML tells."""
     if not places.is_running():
         return Status("stopped")
@@ -83,7 +83,7 @@ def status(places: Places, memory_mib: Mapping[int, int], deadline_s: float = 5.
     servers: tuple[ServerStatus, ...] = ()
     problem = ""
     try:
-        servers = _servers(Control(places.pipe_dir, deadline_s), memory_mib)
+        servers = _servers(Control(places.pipe_dir), memory_mib)
     except ControlError as error:
         problem = str(error)
     return Status(

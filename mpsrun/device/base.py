@@ -76,8 +76,9 @@ def typed_view(chunk: Chunk, ref: TensorRef) -> torch.Tensor:
 class Device(Protocol):
     """Shared memory and order between processes on one device.
 
-    Counters are 32-bit words in a chunk that every process maps; a counter only grows. `signal` and `wait` act in
-    the order of the current CUDA stream on a GPU, and at once on a CPU. where: the device as torch names it.
+    Counters are 32-bit words in a chunk that every process maps; but for those that a replay sets back, they only grow.
+    `signal` and `wait` act in the order of the current CUDA stream on a GPU, and at once on a CPU. where: the device as
+    torch names it.
     """
 
     kind: str

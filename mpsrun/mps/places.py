@@ -8,14 +8,13 @@ import fcntl
 import os
 import stat
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from mpsrun.config import SOCKET_PATH_LIMIT_BYTES
+from mpsrun.config import socket_address
 from mpsrun.errors import UsageError
 from mpsrun.mps.identity import Identity
 
@@ -57,12 +56,11 @@ class Places:
     is_system: bool = False
 
     @classmethod
-    def user(cls, environ: Mapping[str, str] | None = None) -> "Places":
+    def user(cls) -> "Places":
         """Return the places of the user who runs this process."""
         import platformdirs
 
-        environ = os.environ if environ is None else environ
-        runtime = environ.get("XDG_RUNTIME_DIR")
+        runtime = os.environ.get("XDG_RUNTIME_DIR")
         if runtime and Path(runtime).is_dir():
             runtime_dir = Path(runtime).absolute() / "mpsrun-daemon"
         else:
@@ -95,12 +93,7 @@ class Places:
 
     def make(self) -> None:
         """Make the directories; UsageError where they are not ours, cannot be made, or are too long for a socket."""
-        size_bytes = len(os.fsencode(self.pipe_dir / _LONGEST_SOCKET))
-        if size_bytes > SOCKET_PATH_LIMIT_BYTES:
-            raise UsageError(
-                f"expected socket paths of at most {SOCKET_PATH_LIMIT_BYTES} bytes, found {size_bytes} in "
-                f"{self.pipe_dir}; set XDG_RUNTIME_DIR or TMPDIR to a directory with a shorter name"
-            )
+        socket_address(self.pipe_dir / _LONGEST_SOCKET)
         mode = 0o755 if self.is_system else 0o700  # clients of other users come to the system's
         try:
             for directory in (self.runtime_dir, self.pipe_dir, self.log_dir):

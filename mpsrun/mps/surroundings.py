@@ -15,9 +15,8 @@ _CONTROL_PID = "nvidia-cuda-mps-control.pid"  # written by the control daemon in
 
 @dataclass(frozen=True)
 class Obstacle:
-    """What is in the way: where it was recognised, what was found, what to do."""
+    """What is in the way: what was found, what to do."""
 
-    name: str
     found: str
     fix: str
 
@@ -30,9 +29,7 @@ def missing_binaries() -> Obstacle | None:
     missing = [name for name in (CONTROL, SERVER) if shutil.which(name) is None]
     if CONTROL not in missing:  # the server may stand elsewhere: the control daemon has its own idea
         return None
-    return Obstacle(
-        "binaries", f"no {CONTROL} on PATH", "install the NVIDIA driver's compute tools (nvidia-compute-utils)"
-    )
+    return Obstacle(f"no {CONTROL} on PATH", "install the NVIDIA driver's compute tools (nvidia-compute-utils)")
 
 
 def wsl(root: Path = Path("/")) -> Obstacle | None:
@@ -40,9 +37,7 @@ def wsl(root: Path = Path("/")) -> Obstacle | None:
     release = _text(root / "proc/sys/kernel/osrelease").lower()
     if "microsoft" not in release and not (root / "dev/dxg").exists():
         return None
-    return Obstacle(
-        "WSL", "WSL, whose driver has no CUDA MPS", "use Linux itself, or leave workers out: --lanes streams"
-    )
+    return Obstacle("WSL, whose driver has no CUDA MPS", "use Linux itself, or leave workers out: --lanes streams")
 
 
 def jetson(root: Path = Path("/")) -> Obstacle | None:
@@ -50,9 +45,7 @@ def jetson(root: Path = Path("/")) -> Obstacle | None:
     is_tegra = (root / "etc/nv_tegra_release").exists()
     if not is_tegra and "jetson" not in _text(root / "proc/device-tree/model").lower():
         return None
-    return Obstacle(
-        "Jetson", "a Jetson, whose integrated GPU shares no memory between processes", "use --lanes streams"
-    )
+    return Obstacle("a Jetson, whose integrated GPU shares no memory between processes", "use --lanes streams")
 
 
 def multi_instance(gpus: "list[nvml.Mode] | None" = None) -> Obstacle | None:
@@ -60,7 +53,6 @@ def multi_instance(gpus: "list[nvml.Mode] | None" = None) -> Obstacle | None:
     if not any(gpu.is_mig for gpu in (nvml.modes() if gpus is None else gpus)):
         return None
     return Obstacle(
-        "MIG",
         "a GPU in MIG mode",
         'name one instance of `nvidia-smi -L` as gpus = ["MIG-..."] in the settings of `mpsrun daemon` and start it, '
         "or turn MIG off: sudo nvidia-smi -mig 0",
@@ -72,7 +64,6 @@ def exclusive_process(gpus: "list[nvml.Mode] | None" = None) -> Obstacle | None:
     if not any(gpu.compute == "exclusive process" for gpu in (nvml.modes() if gpus is None else gpus)):
         return None
     return Obstacle(
-        "compute mode",
         "a GPU in exclusive-process mode, which without CUDA MPS takes one process only",
         "use CUDA MPS, or sudo nvidia-smi -c DEFAULT, or --lanes serial",
     )
@@ -82,7 +73,7 @@ def prohibited(gpus: "list[nvml.Mode] | None" = None) -> Obstacle | None:
     """Recognise a GPU that takes no process at all."""
     if not any(gpu.compute == "prohibited" for gpu in (nvml.modes() if gpus is None else gpus)):
         return None
-    return Obstacle("compute mode", "a GPU in compute mode prohibited", "sudo nvidia-smi -c DEFAULT")
+    return Obstacle("a GPU in compute mode prohibited", "sudo nvidia-smi -c DEFAULT")
 
 
 def foreign_owner(pipe_dir: Path) -> Obstacle | None:
@@ -98,7 +89,6 @@ def foreign_owner(pipe_dir: Path) -> Obstacle | None:
     except KeyError:
         name = str(owner)
     return Obstacle(
-        "owner",
         f"the CUDA MPS daemon in {pipe_dir} belongs to user {name}, and serves that user only",
         "unset CUDA_MPS_PIPE_DIRECTORY, or have root run the daemon",
     )
@@ -112,7 +102,6 @@ def other_namespace(pipe_dir: Path, root: Path = Path("/")) -> Obstacle | None:
     if not pid.isdigit() or CONTROL.startswith(_text(root / f"proc/{pid}/comm").strip() or "?"):
         return None
     return Obstacle(
-        "container",
         f"a container without the IPC and PID namespaces of the CUDA MPS daemon in {pipe_dir}",
         "start the container with --ipc=host --pid=host, or unset CUDA_MPS_PIPE_DIRECTORY for a daemon of its own",
     )

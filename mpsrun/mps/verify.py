@@ -13,10 +13,9 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True)
 class Attachment:
-    """Which mode runs, which processes are not clients, and why where that is known."""
+    """Which mode runs, and why where that is known: which processes are not clients, say."""
 
     mode: Mode
-    missing: frozenset[int] = frozenset()
     reason: str = ""
 
     def __str__(self) -> str:
@@ -43,10 +42,9 @@ def verify(pids: Collection[int], uses_cuda: bool = True, deadline_s: float = 5.
                 break
             time.sleep(_POLL_S)
     except ControlError as error:
-        return Attachment("time-sliced GPU", frozenset(pids), str(error))
-    missing = frozenset(pids) - found
-    listed = ", ".join(str(pid) for pid in sorted(missing))
-    return Attachment("time-sliced GPU", missing, f"no client of CUDA MPS: pid {listed}")
+        return Attachment("time-sliced GPU", str(error))
+    listed = ", ".join(str(pid) for pid in sorted({*pids} - found))
+    return Attachment("time-sliced GPU", f"no client of CUDA MPS: pid {listed}")
 
 
 def attached(pids: Collection[int], deadline_s: float = 5.0) -> frozenset[int]:

@@ -48,18 +48,13 @@ Event = tuner.Event | Now | Prepared
 
 
 @dataclass(frozen=True)
-class Prepare:
-    """Make all candidates ready while the plan stays; then there comes `Prepared`."""
-
-
-@dataclass(frozen=True)
 class Tell:
     """Say this line, which has the reason of a trial."""
 
     line: str
 
 
-Action = tuner.Action | Prepare | Tell
+Action = tuner.Action | Tell
 Actions = tuple[Action, ...]
 Step = tuple["State", Actions]
 
@@ -312,7 +307,7 @@ def _shed(state: State) -> Step:
 
 def _prepare(state: State, why: str) -> Step:
     state = replace(state, is_preparing=True, why=why, changed_s=state.now_s)
-    return state, (Prepare(),)
+    return state, ()
 
 
 def _try(state: State) -> Step:
@@ -330,8 +325,3 @@ def _workers(state: State, index: int) -> int:
 
 def _patience_s(doublings: int) -> float:
     return COOL_DOWN_S * 2.0**doublings
-
-
-def medians_us(state: State) -> dict[str, float]:
-    """By name, the median step of each candidate in the last tuning."""
-    return tuner.medians_us(state.tuning)

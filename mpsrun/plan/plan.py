@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from mpsrun.errors import UsageError
 from mpsrun.graph.regions import Region
 from mpsrun.plan.assign import not_worth_it, spread
-from mpsrun.plan.cost import Costs, Machine
+from mpsrun.plan.cost import Costs
 from mpsrun.plan.lanes import LEAD, WHOLE, is_stream, is_worker, lane_name, lane_of
 
 CAPTURED = "captured"  # the line of a plan whose graph is replayed
@@ -138,17 +138,6 @@ class Plan:
 
     def _lanes(self) -> Iterable[int]:
         return (lane for choice in self.regions.values() if isinstance(choice, Assignment) for lane in choice.lanes)
-
-
-def plan_region(
-    region: Region,
-    worker_ids: Sequence[int],
-    machine: Machine,
-    forced: bool,
-    nesting: Collection[int] = (),
-) -> Assignment | Declined:
-    """Decide about `region` from estimates alone; see `decide`."""
-    return decide(region, worker_ids, Costs(machine), forced, nesting)
 
 
 def decide(

@@ -5,9 +5,8 @@ the other way round, so that drift hits all alike. After each round the candidat
 slower half (successive halving, Jamieson and Talwalkar 2016). What is left must beat serial in a rank test and by 1 %.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from enum import Enum, auto
 
 from mpsrun.plan import verdict
 from mpsrun.plan.candidates import Candidate
@@ -59,13 +58,6 @@ Event = StepTimed | WorkerLost | OutOfMemory | NotCaptured | BudgetSpent
 
 
 @dataclass(frozen=True)
-class Use:
-    """Run the following steps under this candidate."""
-
-    candidate: int
-
-
-@dataclass(frozen=True)
 class Decided:
     """Run under this candidate from now on; `reason` is one line with figures."""
 
@@ -80,15 +72,8 @@ class Log:
     line: str
 
 
-Action = Use | Decided | Log
+Action = Decided | Log
 Actions = tuple[Action, ...]
-
-
-class Phase(Enum):
-    """Where a tuning stands."""
-
-    TUNING = auto()
-    DECIDED = auto()
 
 
 @dataclass(frozen=True)
@@ -116,10 +101,6 @@ class State:
     round: int = 0
     steps: int = 0
     decided: int | None = None
-
-    @property
-    def phase(self) -> Phase:
-        return Phase.TUNING if self.decided is None else Phase.DECIDED
 
     @property
     def serial(self) -> int:
@@ -168,7 +149,20 @@ def again(state: State) -> tuple[State, Actions]:
 
 def advance(state: State, event: Event) -> tuple[State, Actions]:
     """What an event makes of the state, and what is to be done."""
-    return _HANDLERS[state.phase, type(event)](state, event)
+    match event:
+        case WorkerLost(worker):
+            using = [i for i, candidate in enumerate(state.candidates) if worker in candidate.plan.workers]
+            return _rule_out(state, using, f"worker {worker} is lost")
+        case OutOfMemory(candidate):
+            return _rule_out(state, [candidate], f"no memory for {state.candidates[candidate].name}")
+        case NotCaptured(candidate):
+            return _rule_out(state, [candidate], f"{state.candidates[candidate].name} cannot be captured")
+        case _ if state.decided is not None:
+            return state, ()
+        case StepTimed():
+            return _step_timed(state, event)
+        case BudgetSpent():
+            return _decide(state)
 
 
 def medians_us(state: State) -> dict[str, float]:
@@ -201,7 +195,7 @@ def _with_time(state: State, event: StepTimed) -> State:
 def _next_turn(state: State, turns: tuple[Turn, ...]) -> tuple[State, Actions]:
     if not turns:
         return _end_round(state)
-    return replace(state, turns=turns), (Use(turns[0].candidate),)
+    return replace(state, turns=turns), ()
 
 
 def _next_round(state: State) -> tuple[State, Actions]:
@@ -260,49 +254,14 @@ def _settle(state: State, chosen: int, reason: str) -> tuple[State, Actions]:
     return replace(state, decided=chosen, turns=()), (Decided(chosen, reason),)
 
 
-def _worker_lost(state: State, event: WorkerLost) -> tuple[State, Actions]:
-    using = [i for i, candidate in enumerate(state.candidates) if event.worker in candidate.plan.workers]
-    return _rule_out(state, using, f"worker {event.worker} is lost")
-
-
-def _out_of_memory(state: State, event: OutOfMemory) -> tuple[State, Actions]:
-    return _rule_out(state, [event.candidate], f"no memory for {state.candidates[event.candidate].name}")
-
-
-def _not_captured(state: State, event: NotCaptured) -> tuple[State, Actions]:
-    return _rule_out(state, [event.candidate], f"{state.candidates[event.candidate].name} cannot be captured")
-
-
 def _rule_out(state: State, indexes: Sequence[int], why: str) -> tuple[State, Actions]:
     """Never use these again; serial, which needs nothing, stays."""
     out = state.out | (set(indexes) - {state.serial})
     contenders = tuple(index for index in state.contenders if index not in out)
     state = replace(state, out=out, contenders=contenders)
-    if state.phase is Phase.DECIDED:
+    if state.decided is not None:
         return _decide(state, why) if state.decided in out else (state, ())
     if not state.challengers:
         return _decide(state, why)
     turns = tuple(turn for turn in state.turns if turn.candidate not in out)
     return (replace(state, turns=turns), ()) if turns[:1] == state.turns[:1] else _next_turn(state, turns)
-
-
-def _ignore(state: State, _event: Event) -> tuple[State, Actions]:
-    return state, ()
-
-
-def _budget_spent(state: State, _event: BudgetSpent) -> tuple[State, Actions]:
-    return _decide(state)
-
-
-_HANDLERS: dict[tuple[Phase, type], Callable[..., tuple[State, Actions]]] = {
-    (Phase.TUNING, StepTimed): _step_timed,
-    (Phase.TUNING, WorkerLost): _worker_lost,
-    (Phase.TUNING, OutOfMemory): _out_of_memory,
-    (Phase.TUNING, NotCaptured): _not_captured,
-    (Phase.TUNING, BudgetSpent): _budget_spent,
-    (Phase.DECIDED, StepTimed): _ignore,
-    (Phase.DECIDED, WorkerLost): _worker_lost,
-    (Phase.DECIDED, OutOfMemory): _out_of_memory,
-    (Phase.DECIDED, NotCaptured): _not_captured,
-    (Phase.DECIDED, BudgetSpent): _ignore,
-}

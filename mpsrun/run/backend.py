@@ -15,8 +15,8 @@ from mpsrun.errors import NotShippable
 from mpsrun.graph.effects import Effects, analyze, drop_inert
 from mpsrun.graph.regions import Region, find_regions
 from mpsrun.launch.pulse import answer_questions
-from mpsrun.plan.cost import MACHINES
-from mpsrun.plan.plan import Declined, plan_region
+from mpsrun.plan.cost import MACHINES, Costs
+from mpsrun.plan.plan import Declined, decide
 from mpsrun.run import plans, report, session
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.examine import Analysis
@@ -139,7 +139,7 @@ class Graph:
         if not all(candidate.plan.is_serial for candidate in self._planner.candidates(workers)):
             return True
         for region in self._regions:
-            choice = plan_region(region, workers, MACHINES[self._kind], self._options.forced)
+            choice = decide(region, workers, Costs(MACHINES[self._kind]), self._options.forced)
             if isinstance(choice, Declined):
                 self.summary.decline(region, choice.reason)
         return False

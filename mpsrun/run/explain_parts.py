@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mpsrun.graph.regions import Region
 from mpsrun.plan import bound as bounds
-from mpsrun.plan.candidates import Candidate, nesting_of, predicted_us
+from mpsrun.plan.candidates import SERIAL, Candidate, nesting_of, predicted_us
 from mpsrun.plan.cost import Costs
 from mpsrun.plan.lanes import LEAD, lane_name
 from mpsrun.plan.plan import Assignment, Declined, Plan, decide
@@ -26,8 +26,6 @@ from mpsrun.run.explanation import (
     RegionPlan,
 )
 from mpsrun.run.profile import Alone
-
-SERIAL = "serial"
 
 
 @dataclass(frozen=True)

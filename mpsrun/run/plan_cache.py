@@ -52,8 +52,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     """A chosen plan and what was measured.
 
     plan: a plan's own text. medians_us: by candidate, the median step. branch_us: by region index, the time alone of
-    each branch, forward and backward. captures: not where the graph was seen to be impossible to capture. created_s:
-    seconds since 1970.
+    each branch, forward and backward. captures: not where the graph was seen to be impossible to capture.
     """
 
     candidate: str
@@ -61,7 +60,6 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     medians_us: dict[str, float] = {}
     branch_us: dict[int, tuple[float, ...]] = {}
     captures: bool = True
-    created_s: float = msgspec.field(default_factory=time.time)
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -86,7 +86,7 @@ class Pool:
         return self.sequence
 
     def release(self, counters: Sequence[int], values: Sequence[int]) -> None:
-        """Set counters in stream order; they grow in the order of the messages, from whatever stream they are set."""
+        """Set counters in stream order, which is that of the messages, from whatever stream they are set."""
         if self._device.kind == "cuda":
             stream = self._device.stream_key()
             if self._last_stream is not None and self._last_stream != stream:

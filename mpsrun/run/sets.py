@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from mpsrun import config, log
 from mpsrun.graph.regions import Region
-from mpsrun.plan.cost import MACHINES
-from mpsrun.plan.plan import Assignment, Declined, plan_region
+from mpsrun.plan.cost import MACHINES, Costs
+from mpsrun.plan.plan import Assignment, Declined, decide
 from mpsrun.run import philox, report, session
 from mpsrun.run.alone import Alone, Question
 from mpsrun.run.coordinator import Coordinator
@@ -122,7 +122,7 @@ def _forced() -> bool:
 
 def _plan(questions: Questions, workers: Sequence[int], kind: str) -> Assignment | Declined:
     region = Region(0, tuple(question.part.branch for question in questions))
-    return plan_region(region, workers, MACHINES[kind], _forced())
+    return decide(region, workers, Costs(MACHINES[kind]), _forced())
 
 
 def _depend(questions: Questions) -> bool:

@@ -81,7 +81,7 @@ class Tuning:
     @property
     def medians_us(self) -> dict[str, float]:
         """By candidate, the median step of those that were timed."""
-        return adapt.medians_us(self._state) if self._state is not None else {}
+        return tuner.medians_us(self._state.tuning) if self._state is not None else {}
 
     def settle(self, chosen: int) -> None:
         """Start with what was decided in an earlier run."""

@@ -66,7 +66,7 @@ class Worker:
                 if message is not None:
                     self._handle(message)
             except Exception as error:  # noqa: BLE001 - whatever it is, the lead must hear of it
-                self._fail(message, error)
+                self._fail(error)
                 return REPORTED
         return 0
 
@@ -91,7 +91,7 @@ class Worker:
             case m.Forget():
                 self._forget(message)
             case m.Trim():
-                torch.cuda.empty_cache()  # does nothing without CUDA
+                self.device.give_back_memory()
             case m.Count():
                 self.channel.send(self._counts())
             case m.Start():
@@ -276,9 +276,8 @@ class Worker:
         self.device.give_back_memory()
         self.channel.send(m.NoMemory(self.index, seq, layout, text, self.generation))
 
-    def _fail(self, message: m.ToWorker | None, error: Exception) -> None:
+    def _fail(self, error: Exception) -> None:
         """Drain the device, so that nothing of this worker writes any more, then tell the lead."""
-        seq = message.seq if isinstance(message, m.Forward | m.Backward) else 0
         text = "".join(traceback.format_exception(error))
         if self._device is not None:
             try:
@@ -286,7 +285,7 @@ class Worker:
             except Exception as further:  # noqa: BLE001 - a broken CUDA context: the first error is the one to report
                 text += f"\nwhile draining the device: {further}"
         leave_error(config.current().error_file(f"worker {self.index}"), error)
-        report = m.Failed(self.index, seq, type(error).__name__, str(error), text, self.generation)
+        report = m.Failed(self.index, type(error).__name__, str(error), text, self.generation)
         self.channel.send(report)
 
 

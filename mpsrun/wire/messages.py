@@ -15,7 +15,7 @@ import msgspec
 from mpsrun.device import ChunkHandle, TensorRef
 from mpsrun.graph.program import Program, State
 
-PROTOCOL = 5
+PROTOCOL = 6
 Percent = Annotated[int, msgspec.Meta(ge=0, le=100)]
 
 
@@ -257,10 +257,9 @@ class NoMemory(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """Work `seq` raised (0: something outside a step); the worker has drained its device, and ends."""
+    """Something raised; the worker has drained its device, and ends."""
 
     worker: int
-    seq: int
     kind: str
     text: str
     traceback: str

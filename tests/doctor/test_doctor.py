@@ -58,7 +58,7 @@ def test_a_table_for_people(quick: None, capsys: pytest.CaptureFixture[str], fak
         ({"mig": 1}, "MIG", "fail", "sudo nvidia-smi -mig 0"),
         ({"reasons": 0x40}, "clocks", "warn", "see to cooling"),
         ({"has_gpm": False}, "GPM", "warn", "Hopper and later"),
-        ({"denied": {"nvmlDeviceGetUtilizationRates"}}, "NVML", "warn", "the status of a daemon lacks it"),
+        ({"denied": {"nvmlDeviceGetMemoryInfo"}}, "NVML", "warn", "plans do not adapt to it"),
         ({"fails": True}, "NVML", "warn", "the daemon's status has no memory"),
     ],
 )

@@ -131,7 +131,7 @@ def test_time_slices_on_an_exclusive_gpu(
 def test_a_foreign_daemon_that_is_named_is_not_joined(
     fake_program: Path, pipe_dir: Path, start: Start, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(joining, "first_obstacle_to_joining", lambda _path: Obstacle("owner", "somebody's", "ask them"))
+    monkeypatch.setattr(joining, "first_obstacle_to_joining", lambda _path: Obstacle("somebody's", "ask them"))
     assert joining.daemon_to_join() is None
     assert capfd.readouterr().err == "mpsrun: somebody's; ask them\n"
     monkeypatch.delenv(PIPE_DIRECTORY)

@@ -52,8 +52,6 @@ class Simulation:
     def act(self, actions: adapt.Actions) -> None:
         for action in actions:
             match action:
-                case adapt.Prepare():
-                    self.prepared_in = PREPARING_STEPS
                 case tuner.Decided():
                     self.lines.append((self.now_s, action.reason))
                     begin = self.trying_since if self.trying_since is not None else self.now_s
@@ -65,7 +63,10 @@ class Simulation:
 
     def feed(self, event: adapt.Event) -> None:
         was_decided = self.state.decided is not None
+        was_preparing = self.state.is_preparing
         self.state, actions = adapt.advance(self.state, event)
+        if self.state.is_preparing and not was_preparing:
+            self.prepared_in = PREPARING_STEPS
         if was_decided and self.state.decided is None:
             self.trying_since = self.now_s
         self.act(actions)

@@ -9,7 +9,7 @@ from mpsrun.errors import UsageError
 from mpsrun.graph.regions import Branch
 from mpsrun.plan.cost import MACHINES, Costs, branch_us
 from mpsrun.plan.lanes import is_stream, is_worker, lane_name, lane_of
-from mpsrun.plan.plan import Assignment, Declined, Plan, decide, plan_region
+from mpsrun.plan.plan import Assignment, Declined, Plan, decide
 
 
 def test_cost_is_the_slowest_of_launching_computing_and_moving() -> None:
@@ -21,62 +21,62 @@ def test_cost_is_the_slowest_of_launching_computing_and_moving() -> None:
 def test_the_rest_of_the_network_stays() -> None:
     """An early head goes to a worker; what it stands beside has regions of its own, which would be lost there."""
     head_and_rest = region(10, 500)
-    assert plan_region(head_and_rest, [1, 2], GPU, forced=True) == Assignment((0, 1))
-    assert plan_region(head_and_rest, [1, 2], GPU, forced=True, nesting=[1]) == Assignment((1, 0))
+    assert decide(head_and_rest, [1, 2], Costs(GPU), forced=True) == Assignment((0, 1))
+    assert decide(head_and_rest, [1, 2], Costs(GPU), forced=True, nesting=[1]) == Assignment((1, 0))
     towers = region(100, 100, 100)
-    assert plan_region(towers, [1, 2], GPU, forced=True, nesting=[0, 1, 2]) == Assignment((0, 1, 2))
+    assert decide(towers, [1, 2], Costs(GPU), forced=True, nesting=[0, 1, 2]) == Assignment((0, 1, 2))
 
 
 def test_shortest_branch_stays_and_the_rest_spreads() -> None:
-    plan = plan_region(region(10, 100, 60, 50), [1, 2], GPU, forced=False)
+    plan = decide(region(10, 100, 60, 50), [1, 2], Costs(GPU), forced=False)
     assert plan == Assignment((0, 1, 2, 0))  # the lead has 300 us of crossing beside the first branch's
 
 
 def test_pinned_branches_stay_in_the_lead() -> None:
-    plan = plan_region(region(10, 100, 60, pinned=(0, 2)), [1, 2], GPU, forced=True)
+    plan = decide(region(10, 100, 60, pinned=(0, 2)), [1, 2], Costs(GPU), forced=True)
     assert plan == Assignment((0, 1, 0))
 
 
 def test_forced_spreads_even_small_branches() -> None:
-    assert plan_region(region(1, 1, 1, 1), [1, 2, 3], GPU, forced=True) == Assignment((0, 1, 2, 3))
+    assert decide(region(1, 1, 1, 1), [1, 2, 3], Costs(GPU), forced=True) == Assignment((0, 1, 2, 3))
 
 
 def test_forced_uses_a_worker_even_where_the_lead_has_next_to_nothing() -> None:
-    assert plan_region(region(0, 0, pinned=(0,)), [1], GPU, forced=True) == Assignment((0, 1))
-    assert plan_region(region(5, 1, pinned=(1,)), [1], GPU, forced=True) == Assignment((1, 0))
+    assert decide(region(0, 0, pinned=(0,)), [1], Costs(GPU), forced=True) == Assignment((0, 1))
+    assert decide(region(5, 1, pinned=(1,)), [1], Costs(GPU), forced=True) == Assignment((1, 0))
 
 
 def test_more_branches_than_lanes() -> None:
-    plan = plan_region(region(*[30] * 9), [1, 2], GPU, forced=False)
+    plan = decide(region(*[30] * 9), [1, 2], Costs(GPU), forced=False)
     assert isinstance(plan, Assignment)
     assert sorted(plan.lanes.count(lane) for lane in (0, 1, 2)) == [3, 3, 3]
 
 
 def test_small_regions_are_declined_with_figures() -> None:
-    plan = plan_region(region(5, 5), [1], GPU, forced=False)
+    plan = decide(region(5, 5), [1], Costs(GPU), forced=False)
     assert isinstance(plan, Declined)
     assert "of 300 us it would save -150 us" in plan.reason
 
 
 def test_bytes_that_cross_count() -> None:
-    assert isinstance(plan_region(region(100, 100), [1], GPU, forced=False), Assignment)
-    assert isinstance(plan_region(region(100, 100, crossing_bytes=10**9), [1], GPU, forced=False), Declined)
+    assert isinstance(decide(region(100, 100), [1], Costs(GPU), forced=False), Assignment)
+    assert isinstance(decide(region(100, 100, crossing_bytes=10**9), [1], Costs(GPU), forced=False), Declined)
 
 
 def test_shared_cores_decline_unless_forced() -> None:
     big = region(1000, 1000)
-    assert isinstance(plan_region(big, [1], MACHINES["cpu"], forced=False), Declined)
-    assert isinstance(plan_region(big, [1], MACHINES["cpu"], forced=True), Assignment)
+    assert isinstance(decide(big, [1], Costs(MACHINES["cpu"]), forced=False), Declined)
+    assert isinstance(decide(big, [1], Costs(MACHINES["cpu"]), forced=True), Assignment)
 
 
 def test_without_workers_or_unpinned_branches() -> None:
-    assert isinstance(plan_region(region(9, 9), [], GPU, forced=True), Declined)
-    assert isinstance(plan_region(region(9, 9, pinned=(0, 1)), [1], GPU, forced=True), Declined)
+    assert isinstance(decide(region(9, 9), [], Costs(GPU), forced=True), Declined)
+    assert isinstance(decide(region(9, 9, pinned=(0, 1)), [1], Costs(GPU), forced=True), Declined)
 
 
 def test_a_device_that_one_branch_keeps_busy_is_left_to_the_lead() -> None:
     """Rates are those of the whole device: two branches that are bound by them take as long together as in turn."""
-    plan = plan_region(region(1, 1, flops=10**10), [1], GPU, forced=False)
+    plan = decide(region(1, 1, flops=10**10), [1], Costs(GPU), forced=False)
     assert isinstance(plan, Declined)
     assert "of 60000 us it would save -300 us" in plan.reason
 

@@ -21,11 +21,9 @@ from mpsrun.plan.tuner import (
     Log,
     NotCaptured,
     OutOfMemory,
-    Phase,
     State,
     StepTimed,
     Turn,
-    Use,
     WorkerLost,
     advance,
     medians_us,
@@ -92,15 +90,15 @@ def test_what_an_event_makes_of_a_state(state: State, event: Event, expected: St
     ("state", "event", "actions"),
     [
         (tuning([Turn(0, 0, 3)], EMPTY), StepTimed(0, 9.0), []),
-        (tuning(TURNS, EMPTY), StepTimed(0, 9.0), [Use(1)]),
-        (tuning(TURNS[1:], EMPTY), OutOfMemory(1), [Use(2)]),
+        (tuning(TURNS, EMPTY), StepTimed(0, 9.0), []),
+        (tuning(TURNS[1:], EMPTY), OutOfMemory(1), []),
         (tuning(TURNS, EMPTY), WorkerLost(1), [Decided(0, f"worker 1 is lost; takes serial: {NOTHING}")]),
         (tuning(TURNS, (SLOW, SLOW, FAST)), BudgetSpent(), [Decided(2, f"keeps {FASTEST}")]),
         (tuning(TURNS, ((), (), ())), BudgetSpent(), [Decided(0, f"keeps serial: {NOTHING}")]),
         (DONE, WorkerLost(2), [Decided(1, f"worker 2 is lost; takes {SECOND}")]),
         (DONE, OutOfMemory(2), [Decided(1, f"no memory for plan 2; takes {SECOND}")]),
         (DONE, NotCaptured(2), [Decided(1, f"plan 2 cannot be captured; takes {SECOND}")]),
-        (tuning(TURNS[1:], EMPTY), NotCaptured(1), [Use(2)]),
+        (tuning(TURNS[1:], EMPTY), NotCaptured(1), []),
         (settled(THREE, 2), WorkerLost(1), [Decided(0, f"worker 1 is lost; takes serial: {NOTHING}")]),
         (DONE, StepTimed(2, 1.0), []),
     ],
@@ -112,7 +110,7 @@ def test_what_is_to_be_done(state: State, event: Event, actions: list[Action]) -
 def steps_of(state: State, times_us: Iterator[float]) -> tuple[State, list[Action]]:
     """Feed steps until it is decided."""
     done: list[Action] = []
-    while state.phase is Phase.TUNING:
+    while state.decided is None:
         state, actions = advance(state, StepTimed(state.current, next(times_us)))
         done += actions
     return state, done
@@ -121,7 +119,7 @@ def steps_of(state: State, times_us: Iterator[float]) -> tuple[State, list[Actio
 def test_the_first_rounds_step_by_step() -> None:
     """Serial first; two steps to warm up and three that count; then, after one to settle, the other way round."""
     state, actions = start(THREE)
-    assert actions == (Use(0),)
+    assert actions == ()
     used = [0]
     for _ in range(27):
         used.append(state.current)
@@ -136,9 +134,9 @@ def test_the_lines_have_figures() -> None:
     for spread in itertools.cycle([0.95, 1.0, 1.03]):
         state, done = advance(state, StepTimed(state.current, ms[state.current] * 1000 * spread))
         actions += done
-        if state.phase is Phase.DECIDED:
+        if state.decided is not None:
             break
-    assert [action for action in actions if not isinstance(action, Use)] == [
+    assert actions == [
         Log("drops plan 1: 26.0 ms (25.4-26.4) against 14.6 ms plan 2 (0.56x)"),
         Decided(2, "keeps plan 2: 14.6 ms (14.1-14.9) against 40.5 ms serial (2.77x)"),
     ]
@@ -185,7 +183,7 @@ def test_less_than_one_percent_is_not_worth_it() -> None:
 
 def test_serial_alone_and_no_serial() -> None:
     state, actions = start(contenders())
-    assert (state.phase, actions) == (Phase.DECIDED, (Decided(0, "keeps serial: there is nothing else to try"),))
+    assert (state.decided, actions) == (0, (Decided(0, "keeps serial: there is nothing else to try"),))
     with pytest.raises(ValueError, match="expected one serial candidate, found 0 of 2"):
         start(THREE[1:])
 
@@ -260,13 +258,9 @@ class AnyEvents(RuleBasedStateMachine):
         self.without_memory: set[int] = set()
         self.taken = 0
         self.state, actions = start(self.candidates)
-        self.running = 0
         self.obey(actions)
 
     def obey(self, actions: Sequence[Action]) -> None:
-        for action in actions:
-            if isinstance(action, Use | Decided):
-                self.running = action.candidate
         assert sum(isinstance(action, Decided) for action in actions) <= 1
 
     def feed(self, event: Event) -> None:
@@ -275,8 +269,8 @@ class AnyEvents(RuleBasedStateMachine):
 
     @rule(us=TIMES)
     def time(self, us: float) -> None:
-        self.taken += self.state.phase is Phase.TUNING
-        self.feed(StepTimed(self.running, us))
+        self.taken += self.state.decided is None
+        self.feed(StepTimed(self.state.current, us))
 
     @rule(us=st.lists(TIMES, min_size=5, max_size=30))
     def time_many(self, us: list[float]) -> None:
@@ -285,7 +279,7 @@ class AnyEvents(RuleBasedStateMachine):
 
     @rule(data=st.data(), us=TIMES)
     def time_late(self, data: st.DataObject, us: float) -> None:
-        self.taken += self.state.phase is Phase.TUNING
+        self.taken += self.state.decided is None
         self.feed(StepTimed(data.draw(st.sampled_from(range(len(self.candidates)))), us))
 
     @rule(worker=st.integers(1, 5))
@@ -303,21 +297,17 @@ class AnyEvents(RuleBasedStateMachine):
     @rule()
     def spend(self) -> None:
         self.feed(BudgetSpent())
-        assert self.state.phase is Phase.DECIDED
-
-    @invariant()
-    def runs_what_it_says(self) -> None:
-        assert self.running == self.state.current
+        assert self.state.decided is not None
 
     @invariant()
     def never_runs_what_cannot_run(self) -> None:
-        assert not self.candidates[self.running].plan.workers & self.lost
-        assert self.running not in self.without_memory
+        assert not self.candidates[self.state.current].plan.workers & self.lost
+        assert self.state.current not in self.without_memory
 
     @invariant()
     def keeps_to_its_budget(self) -> None:
         assert self.taken <= MAX_STEPS
-        assert self.state.phase is Phase.DECIDED or self.taken < MAX_STEPS
+        assert self.state.decided is not None or self.taken < MAX_STEPS
 
     @invariant()
     def never_keeps_a_plan_that_lost(self) -> None:

@@ -57,7 +57,7 @@ def test_a_stranger_sends_nothing(pair: tuple[LeadChannel, WorkerChannel], place
                 stranger.connect(f"{place}/{name}")
             else:
                 stranger = _open(context, zmq.PUSH, f"{place}/{name}", key, bind=False)
-            stranger.send(codec.encode(m.Stop() if name == "w" else m.Failed(1, 0, "x", "x", "x")))
+            stranger.send(codec.encode(m.Stop() if name == "w" else m.Failed(1, "x", "x", "x")))
             time.sleep(0.2)
             stranger.close(0)
     assert_understood(pair)
