@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -124,6 +125,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", raw, raising=False)
     monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(recorder, "captured_streams", lambda _device: [])
+    monkeypatch.setattr(recorder, "_free", defaultdict(list))
     monkeypatch.setattr(recorder, "own_stream", lambda _device: Stream(made, next(names)))
     return made
 
@@ -169,6 +171,15 @@ def test_nothing_that_would_end_a_recording_comes_beside_it(gpu: Gpu, ask: Calla
     asked = gpu.take()
     assert asked[: len(recorded)] == recorded
     assert asked[len(recorded) :], "what the other thread asked for"
+
+
+def test_a_stream_serves_again_when_its_recorder_is_gone(gpu: Gpu) -> None:
+    first = CudaRecorder(DEVICE)
+    second = CudaRecorder(DEVICE)
+    assert first._stream is not second._stream
+    left = first._stream
+    del first
+    assert CudaRecorder(DEVICE)._stream is left
 
 
 def test_replays_follow_each_other_across_streams(gpu: Gpu) -> None:

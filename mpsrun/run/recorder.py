@@ -11,7 +11,8 @@ import functools
 import gc
 import threading
 import time
-from collections import Counter
+import weakref
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from mpsrun.run.streams import captured_streams
 Function = Callable[[], Any]
 GRAPHS_RELEASE = torch.__version__ >= "2.14"  # a graph whose capture has failed gives its memory back
 _eras: Counter[torch.device] = Counter()
+_free: defaultdict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)  # streams whose recorders are gone
 _alone = threading.RLock()  # held while something is recorded
 
 
@@ -73,7 +75,9 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = own_stream(device)
+        free = _free[device]
+        self._stream = free.pop() if free else own_stream(device)
+        weakref.finalize(self, free.append, self._stream)
         self._last = self._stream  # that of the last replay
         self._lock = threading.Lock()  # a script may train in several threads
 
