@@ -62,6 +62,22 @@ class Thrift(NamedTuple):
     lends: bool
 
 
+@dataclass(eq=False)
+class _Way:
+    """The backward of some of the outputs, and what is recorded of it.
+
+    present: these outputs. saved, places: the arguments that it reads, and where their versions are among those of a
+    call. are_alike: whether its gradients are laid out like their parameters.
+    """
+
+    present: tuple[int, ...]
+    saved: Sequence[int]
+    places: Sequence[int]
+    recording: Recording | None = None
+    keeper: Keeper | None = None
+    are_alike: bool | None = None
+
+
 class Body:
     """A recording of forward with its memory, and those of backward.
 
@@ -98,12 +114,9 @@ class Body:
         self._versioned = [*self._saved, *own]
         self._maybe_versioned = [i for i in read if i not in own]
         self._before: dict[int, torch.Tensor] = {}
-        self._needs: dict[tuple[int, ...], tuple[Sequence[int], Sequence[int]]] = {}
-        self._alike: dict[tuple[int, ...], bool] = {}
         self._outputs: list[torch.Tensor] = []
         self._grad_outputs: dict[int, torch.Tensor] = {}
-        self._backwards: dict[tuple[int, ...], Recording] = {}
-        self._keepers: dict[tuple[int, ...], Keeper] = {}
+        self._ways: dict[tuple[int, ...], _Way] = {}  # by the outputs that have a gradient
         self.thrift = thrift
         self.used = 0
         self._generation = 0
@@ -143,7 +156,7 @@ class Body:
 
     def is_free(self) -> bool:
         """Whether the script has nothing that the next forward would overwrite; to be asked once before each."""
-        return all(keeper.are_back() for keeper in self._keepers.values())
+        return all(way.keeper.are_back() for way in self._ways.values() if way.keeper is not None)
 
     def fits(self, args: Sequence[Any]) -> bool:
         """Whether everything is where it was, and as large."""
@@ -199,8 +212,8 @@ class Body:
     ) -> Sequence[torch.Tensor | None]:
         """The gradients of what the call has in its graph, in memory that may be kept; what is owed is paid."""
         present = tuple(i for i, gradient in enumerate(gradients) if gradient is not None)
-        saved, places = self._needed(present)
-        check_versions(call.args, saved, [call.versions[k] for k in places])
+        way = self._way(present)
+        check_versions(call.args, way.saved, [call.versions[k] for k in way.places])
         given = [gradient for gradient in gradients if gradient is not None]
         debt, are_alike = call.debt, False
         if not present:
@@ -208,8 +221,8 @@ class Body:
         elif torch.is_grad_enabled() or modes.transformed(*given) or not self._serves(call, present):
             found = self._plainly(call, present, given)
         else:
-            found = self._replay_backward(call, present, given)
-            are_alike = debt is not None and self._are_alike(debt, present, found)
+            found = self._replay_backward(call, way, given)
+            are_alike = debt is not None and self._are_alike(debt, way, found)
         if debt is not None:
             debt.pay(ctx, [found[k] for k in self._parameters], are_alike)
             found = [None, *[found[k] for k in self._others]]
@@ -220,26 +233,27 @@ class Body:
                 call.args = call.body = None
         return found
 
-    def _are_alike(self, debt: Debt, present: tuple[int, ...], found: Sequence[torch.Tensor | None]) -> bool:
+    def _are_alike(self, debt: Debt, way: _Way, found: Sequence[torch.Tensor | None]) -> bool:
         """Whether gradients out of a recording are laid out like their parameters, as those of all its replays are."""
-        if present not in self._alike:
+        if way.are_alike is None:
             own = zip(debt.parameters, [found[k] for k in self._parameters], strict=True)
-            self._alike[present] = all(gradient is None or laid_out_alike(p, gradient) for p, gradient in own)
-        return self._alike[present]
+            way.are_alike = all(gradient is None or laid_out_alike(p, gradient) for p, gradient in own)
+        return way.are_alike
 
     def _versions(self, args: Sequence[Any]) -> list[int]:
         """Of what backward reads again, then of what only forward has read, which may be inference tensors."""
         given = [args[i] for i in self._maybe_versioned]
         return versions_of(args, self._versioned) + [0 if arg.is_inference() else arg._version for arg in given]
 
-    def _needed(self, present: tuple[int, ...]) -> tuple[Sequence[int], Sequence[int]]:
-        """The arguments that backward reads for these outputs, and where their versions are."""
-        if present not in self._needs:
+    def _way(self, present: tuple[int, ...]) -> _Way:
+        """The backward of these outputs."""
+        found = self._ways.get(present)
+        if found is None:
             reached = self._gradients.reached
             others = {*reached(range(len(self._outputs)))} - {*reached(present)}
             places = [k for k, i in enumerate(self._saved) if i not in others]
-            self._needs[present] = [self._saved[k] for k in places], places
-        return self._needs[present]
+            found = self._ways[present] = _Way(present, [self._saved[k] for k in places], places)
+        return found
 
     def _note(self, call: _Call, present: tuple[int, ...]) -> None:
         is_regular = not call.backwards and not keeps_graph() and self._usual in (None, present)
@@ -290,32 +304,30 @@ class Body:
             allow_unused=True,
         )
 
-    def _replay_backward(
-        self, call: _Call, present: tuple[int, ...], given: Sequence[torch.Tensor]
-    ) -> Sequence[torch.Tensor | None]:
-        for i in present:
+    def _replay_backward(self, call: _Call, way: _Way, given: Sequence[torch.Tensor]) -> Sequence[torch.Tensor | None]:
+        for i in way.present:
             if i not in self._grad_outputs:
                 self._grad_outputs[i] = torch.empty_like(self._outputs[i])
         self._recorder.follow()
-        copy_all([self._grad_outputs[i] for i in present], given)
-        if present not in self._backwards:
+        copy_all([self._grad_outputs[i] for i in way.present], given)
+        if way.recording is None:
             try:
-                self._backwards[present] = self._recorder.record(lambda: self._gathered(present), self._forward)
+                way.recording = self._recorder.record(lambda: self._gathered(way), self._forward)
             except RuntimeError as error:
                 self.failed = error.with_traceback(None)  # which holds all that was recorded
                 if self.thrift.frees:
-                    return self._plainly(call, present, given)
-        recording = self._backwards.get(present)
-        gathered = recording.replay() if recording is not None else self._gathered(present)
+                    return self._plainly(call, way.present, given)
+        gathered = way.recording.replay() if way.recording is not None else self._gathered(way)
         call.freed = self.thrift.frees
-        return self._keepers[present].hand_out(gathered)
+        assert way.keeper is not None, "it was gathered"
+        return way.keeper.hand_out(gathered)
 
-    def _gathered(self, present: tuple[int, ...]) -> Gathered:
-        found = self._grad_of(present)
-        if present not in self._keepers:
+    def _gathered(self, way: _Way) -> Gathered:
+        found = self._grad_of(way.present)
+        if way.keeper is None:
             others = [*self._grad_outputs.values(), *self._outputs, *self._args.tensors]
-            self._keepers[present] = Keeper(found, self.thrift.lends, others)
-        return self._keepers[present].gather(found)
+            way.keeper = Keeper(found, self.thrift.lends, others)
+        return way.keeper.gather(found)
 
     def _grad_of(self, present: Sequence[int]) -> Sequence[torch.Tensor | None]:
         """The gradients of the last forward. Where its graph stays it serves again: each replay fills it anew."""
