@@ -91,6 +91,10 @@ class Config:
         name = f"worker-{index}.log"
         return self.log_dir / name if self.log_dir is not None else self._in_run_dir(name)
 
+    def kept_log(self, log: Path | None) -> Path | None:
+        """The same, if it is still there when the run is over."""
+        return log if log is None or self.run_dir is None or self.run_dir not in log.parents else None
+
     def error_file(self, role: str) -> Path:
         """File in which the process `role` ("lead", "worker 1") leaves what ended it."""
         return self._in_run_dir(f"error-{role.replace(' ', '-')}.json")

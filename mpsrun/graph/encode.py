@@ -59,7 +59,10 @@ def _input(node: fx.Node, effects: Effects) -> Input:
         if kind == "parameter":
             return Input("parameter")
         return Input("buffer" if kind == "buffer" else "tensor")
-    raise NotShippable(f"takes a {type(value).__name__} from outside ({node.name}); only tensors and ints travel")
+    name = next((source.name for source in node.all_input_nodes), node.name)  # of a number, where it comes from
+    if isinstance(value, float | torch.SymFloat):
+        raise NotShippable(f"reads {name}, a float that changes from call to call; pass it as a tensor")
+    raise NotShippable(f"takes a {type(value).__name__} from outside ({name}); only tensors and whole numbers travel")
 
 
 def _op(node: fx.Node, number: Mapping[fx.Node, int], effects: Effects) -> Op:

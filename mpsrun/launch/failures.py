@@ -143,7 +143,7 @@ def _lines(index: int, failed: Failure) -> list[str]:
         f"  host      : {socket.gethostname()}",
         f"  role      : {failed.role}",
         f"  exitcode  : {code}{name} (pid: {failed.pid})",
-        f"  log_file  : {failed.log or '<N/A>'}",
+        f"  log_file  : {failed.log or ('<N/A>' if failed.role == 'lead' else '<not kept; --log-dir DIR keeps it>')}",
         f"  traceback : {said}",
     ]
     return [*lines, f"  meaning   : {failed.fault}"] if failed.fault else lines

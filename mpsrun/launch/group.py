@@ -84,7 +84,8 @@ class Watch:
         """Note what has ended of CUDA MPS."""
         for role, pid in self.mps.lost():
             at_s = time.monotonic()
-            self.failures.append(failure(role, pid, None, at_s, self.config.error_file(role), self.mps.log))
+            log = self.config.kept_log(self.mps.log)
+            self.failures.append(failure(role, pid, None, at_s, self.config.error_file(role), log))
             if role == "CUDA MPS server":  # one that is there serves its clients without the daemon
                 self._server_lost_s = self._server_lost_s or at_s
             say(f"the {role} (pid {pid}) has ended; the log is {self.mps.log}")

@@ -50,6 +50,8 @@ def supervise(config: Config, target: Target, hardware: Hardware) -> Ending:
         with cuda_mps(config, has_gpu, hardware.reason, start_guard) as mps, sampling(config, has_gpu):
             if config.worker_share is not None and type(mps) is Service:
                 say("--worker-share has no effect: CUDA MPS is not in use")
+            if hardware.kind == "cpu":
+                _tell_without_effect(config, hardware.reason)
             start = functools.partial(run_group, config, target, mps, keeper, mask)
             extra = _shared_cores(config, hardware)
             outcome = start(extra | environment(0, config.max_restarts))
@@ -59,6 +61,17 @@ def supervise(config: Config, target: Target, hardware: Hardware) -> Ending:
                 outcome = start(extra | environment(count, config.max_restarts))
             _tell_end(config, outcome, target.name)
             return Ending(GIVEN_UP if outcome.returncode is None else outcome.returncode)
+
+
+def _tell_without_effect(config: Config, reason: str) -> None:
+    """Name what was asked for and needs a GPU; on a CPU it is there for trying and testing."""
+    if config.lanes in ("streams", "captured"):
+        say(f"{reason}: with --lanes {config.lanes} branches run in turn, as in plain PyTorch")
+    elif config.lanes == "captured-workers":
+        say(f"{reason}: nothing is captured, branches run in worker processes")
+    for option, is_given in (("--adapt on", config.adapt == "on"), ("--tune-convolutions", config.tune_convolutions)):
+        if is_given:
+            say(f"{option} has no effect: {reason}")
 
 
 @contextlib.contextmanager

@@ -59,7 +59,9 @@ class Worker:
         self._ended = True
         if status == 0:  # the lead has told it to end
             return
-        self.failures.append(failure(self.role, self.process.pid, status, time.monotonic(), errors, self.log))
+        self.failures.append(
+            failure(self.role, self.process.pid, status, time.monotonic(), errors, self._config.kept_log(self.log))
+        )
         if status not in (None, REPORTED):  # else the lead has heard why
             self._tell(self._how_it_ended(status))
 

@@ -117,7 +117,8 @@ class Graph:
             self.summary.note(f"a branch stays in the lead: {branch.pinned}")
         if not found.regions:
             self.analysis = Analysis(gm, self._effects, found, "", None)
-            self.summary.note("no branches that do not depend on each other")
+            if not found.refusals:
+                self.summary.note("no branches that do not depend on each other")
             return
         self._overlaps = Overlaps(gm, self._effects)
         self._sizes = sizes_of(gm, self._effects, needed_nodes(found.regions))

@@ -259,6 +259,8 @@ class Watcher:
         if link.is_last:
             self.epoch += 1
             outlook = "the run goes on without it"
+        if self._settings.strict:
+            outlook = "the script ends, as --strict asks"
         details = f"\n{failure.traceback}" if failure is not None else ""
         log.say(f"worker {link.index} is out: {reason}; {outlook}{details}")
         if self._settings.strict:

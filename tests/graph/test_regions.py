@@ -1,8 +1,11 @@
 """Which forks become regions, with which branches, and why others do not."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F  # noqa: N812
-from nets import ConvNormRelu, GoogLeNet, Inception, capture
+from nets import Captured, ConvNormRelu, GoogLeNet, Inception, capture
 from torch import Tensor, nn
 
 
@@ -214,6 +217,27 @@ def test_input_written_afterwards_keeps_its_readers_in_the_lead() -> None:
     captured = capture(model, torch.randn(2, 4))
     assert captured.shape() == []
     assert "afterwards" in captured.found.refusals[0].reason
+
+
+def test_a_float_that_changes_is_named() -> None:
+    left, right = nn.Linear(4, 4), nn.Linear(4, 4)
+    graphs: list[Captured] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        graphs.append(Captured(gm, inputs))
+        return gm.forward
+
+    torch._dynamo.reset()
+
+    @torch.compile(backend=backend)
+    def model(x: Tensor, scale: float) -> Tensor:
+        return left(x) * scale + right(x).relu() * scale
+
+    for scale in (0.5, 0.7):
+        model(torch.randn(2, 4), scale)
+    assert [captured.shape() for captured in graphs] == [[2], []], "the first is for just one value"
+    (refusal,) = graphs[-1].found.refusals
+    assert "reads l_scale_, a float that changes from call to call; pass it as a tensor" in refusal.reason
 
 
 def test_output_that_is_a_view_of_an_input_stays_in_the_lead() -> None:

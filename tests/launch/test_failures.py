@@ -88,6 +88,8 @@ def test_the_report() -> None:
     assert "  log_file  : /logs/worker-2.log" in first
     assert "  traceback : Signal 9 (SIGKILL) received by PID 7" in first
     second = lines[lines.index("[1]:") :]
+    assert "  log_file  : <N/A>" in second
+    assert "--log-dir DIR keeps it" in report("train.py", [failed("worker 2", 10.0, -9)])
     assert f"    {ILLEGAL}" in second
     assert any(line.startswith("  meaning   : CUDA error 700 (CUDA_ERROR_ILLEGAL_ADDRESS): ") for line in second)
 

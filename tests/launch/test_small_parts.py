@@ -8,7 +8,7 @@ import pytest
 
 from mpsrun.config import Config, socket_address
 from mpsrun.errors import MpsrunError, UsageError
-from mpsrun.launch import hardware, spawn
+from mpsrun.launch import hardware, spawn, supervisor
 from mpsrun.launch.keeper import Keeper
 from mpsrun.launch.on_import import after_import
 from mpsrun.launch.python_flags import python_flags
@@ -142,6 +142,33 @@ def test_paths_need_a_run_directory_of_a_length() -> None:
     with pytest.raises(UsageError, match="at most 100 bytes, found 101"):
         socket_address(Path("/" + "x" * 100))
     assert socket_address(Path("/" + "x" * 99)) == "ipc:///" + "x" * 99
+
+
+def test_a_log_in_the_run_directory_goes_with_it(tmp_path: Path) -> None:
+    run_dir, log_dir = tmp_path / "run", tmp_path / "logs"
+    config = Config(run_dir=run_dir)
+    assert config.kept_log(config.worker_log(1)) is None
+    kept = Config(run_dir=run_dir, log_dir=log_dir)
+    assert kept.kept_log(kept.worker_log(1)) == log_dir / "worker-1.log"
+    assert config.kept_log(None) is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "lines"),
+    [
+        (Config(), []),
+        (Config(lanes="workers"), []),
+        (Config(lanes="captured"), ["no GPU: with --lanes captured branches run in turn, as in plain PyTorch"]),
+        (Config(lanes="captured-workers"), ["no GPU: nothing is captured, branches run in worker processes"]),
+        (
+            Config(adapt="on", tune_convolutions=True),
+            ["--adapt on has no effect: no GPU", "--tune-convolutions has no effect: no GPU"],
+        ),
+    ],
+)
+def test_what_needs_a_gpu_is_named(asked: Config, lines: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    supervisor._tell_without_effect(asked, "no GPU")
+    assert capfd.readouterr().err == "".join(f"mpsrun: {line}\n" for line in lines)
 
 
 def test_a_keeper_that_cannot_live_is_not_started_all_the_time(tmp_path: Path) -> None:

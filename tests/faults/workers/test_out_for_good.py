@@ -143,10 +143,18 @@ class TestStrict:
         assert "executor.py" in str(found.value) or "worker.py" in str(found.value)
 
     @pytest.mark.parametrize(("where", "fault"), [("forward", killed), ("backward", stuck)])
-    def test_lost(self, strict: Coordinator, where: str, fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_lost(
+        self,
+        strict: Coordinator,
+        where: str,
+        fault: Fault,
+        monkeypatch: pytest.MonkeyPatch,
+        capfd: pytest.CaptureFixture[str],
+    ) -> None:
         pair = Pair(strict)
         with pytest.raises(WorkerError, match=f"worker {pair.victim} is out"):
             self._fail(pair, where, fault, monkeypatch)
+        assert "the script ends, as --strict asks" in capfd.readouterr().err
 
     def _fail(self, pair: Pair, where: str, fault: Fault, patch: pytest.MonkeyPatch) -> None:
         """The error comes at once, or at the latest with the next step, where the lead had gone on already."""
