@@ -40,7 +40,8 @@ Options before the script are mpsrun's; everything after it is the script's.
   --verify N                   compute the first N steps on lanes plainly, too; stop with status 4 where they differ
   --adapt auto|on|off          change the plan when other load, heat or missing memory make another one faster;
                                auto: on a GPU
-  --trace FILE                 append what was sampled of the GPU, every step and every decision, as JSON lines
+  --trace FILE                 append what was sampled of the GPU and, with --lanes auto, every step and every
+                               decision, as JSON lines
   --tune-convolutions          try a plan whose convolutions have the algorithms that are fastest beside each other;
                                takes seconds more at the start, and results may then differ by rounding
   --compile-branches           try a plan whose workers compile their branches with torch's Inductor, or with --lanes
