@@ -1,6 +1,7 @@
 """The command line: `mpsrun [options] train.py [args...]`."""
 
 import dataclasses
+import difflib
 import math
 import os
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from mpsrun import __version__
-from mpsrun.config import MAX_WORKERS, Capture, Config, Lanes, Switch
+from mpsrun.config import AUTO_WORKERS, MAX_WORKERS, WORKER_LANES, Capture, Config, Lanes, Switch
 from mpsrun.errors import UsageError
 from mpsrun.launch.target import Target
 from mpsrun.log import say
@@ -150,8 +151,8 @@ def _refuse_without_effect(values: Mapping[str, Any]) -> None:
     """Raise UsageError for options that the lanes asked for leave nothing to do."""
     lanes = values.get("lanes", "auto")
     for name, is_given, useful in (
-        ("--worker-share", values.get("worker_share") is not None, ("auto", "workers", "captured-workers")),
-        ("--compile-branches", values.get("compile_branches", False), ("auto", "workers", "captured-workers")),
+        ("--worker-share", values.get("worker_share") is not None, WORKER_LANES),
+        ("--compile-branches", values.get("compile_branches", False), WORKER_LANES),
         ("--tune-convolutions", values.get("tune_convolutions", False), ("auto",)),
         ("--adapt on", values.get("adapt") == "on", ("auto",)),
         ("--plan", values.get("plan") is not None, ("auto",)),
@@ -202,7 +203,9 @@ def _option(name: str, explains: bool) -> tuple[str, Callable[[str, str], Any] |
         usage = f"mpsrun explain {name}{'' if _OPTIONS[field] is None else ' N'} train.py"
         raise UsageError(f"expected {name} after explain only, found it without; use {usage}")
     if not name.startswith("--") or field not in _OPTIONS:
-        raise UsageError(f"expected an option of mpsrun or a script, found {name!r}; see mpsrun --help")
+        near = difflib.get_close_matches(field, _OPTIONS, 1)
+        advice = f"did you mean --{near[0].replace('_', '-')}?" if near else "see mpsrun --help"
+        raise UsageError(f"expected an option of mpsrun or a script, found {name!r}; {advice}")
     return _FIELDS.get(field, field), _OPTIONS[field]
 
 
@@ -230,31 +233,25 @@ def _choice(*choices: str) -> Callable[[str, str], str]:
 def _workers(name: str, value: str) -> int | None:
     if value == "auto":
         return None
-    if not (value.isascii() and value.isdigit()) or not 1 <= int(value) <= MAX_WORKERS:
-        raise UsageError(
-            f"expected {name} auto or a number from 1 to {MAX_WORKERS}, found {value!r}; "
-            "to run without workers use --lanes serial"
-        )
+    if not 1 <= _whole(value) <= MAX_WORKERS:
+        advice = "to run without workers use --lanes serial" if value == "0" else f"auto takes at most {AUTO_WORKERS}"
+        raise UsageError(f"expected {name} auto or a number from 1 to {MAX_WORKERS}, found {value[:80]!r}; {advice}")
     return int(value)
 
 
-def _count(name: str, value: str) -> int:
-    if not (value.isascii() and value.isdigit()) or int(value) < 1:
-        advice = "3 is enough for most scripts" if name == "--verify" else "120 are the default"
-        raise UsageError(f"expected {name} with a whole number from 1, found {value!r}; {advice}")
-    return int(value)
+def _whole(value: str) -> int:
+    """A number of digits and nothing else; -1 for anything else, or more than fit into 64 bits."""
+    return int(value) if value.isascii() and value.isdigit() and len(value) < len(str(sys.maxsize)) else -1
 
 
-def _whole(name: str, value: str) -> int:
-    if not (value.isascii() and value.isdigit()):
-        raise UsageError(f"expected {name} with a whole number from 0, found {value!r}; 3 is enough for most runs")
-    return int(value)
+def _number(least: int, most: int, advice: str) -> Callable[[str, str], int]:
+    def read(name: str, value: str) -> int:
+        if not least <= _whole(value) <= most:
+            span = f"from {least}" + (f" to {most}" if most < sys.maxsize else "")
+            raise UsageError(f"expected {name} with a whole number {span}, found {value[:80]!r}; {advice}")
+        return int(value)
 
-
-def _percent(name: str, value: str) -> int:
-    if not (value.isascii() and value.isdigit()) or not 1 <= int(value) <= 100:
-        raise UsageError(f"expected {name} with a whole number from 1 to 100, found {value!r}; try 50")
-    return int(value)
+    return read
 
 
 def _seconds(name: str, value: str) -> float:
@@ -302,12 +299,12 @@ _OPTIONS: dict[str, Callable[[str, str], Any] | None] = {
     "timeout": _seconds,
     "plan": _plan_file,
     "save_plan": _path_of_a_file,
-    "verify": _count,
-    "steps": _count,
-    "max_restarts": _whole,
+    "verify": _number(1, sys.maxsize, "3 is enough for most scripts"),
+    "steps": _number(1, sys.maxsize, "120 are the default"),
+    "max_restarts": _number(0, sys.maxsize, "3 is enough for most runs"),
     "adapt": _choice(*get_args(Switch)),
     "trace": _path_of_a_file,
-    "worker_share": _percent,
+    "worker_share": _number(1, 100, "try 50"),
     "tune_convolutions": None,
     "compile_branches": None,
     "json": None,

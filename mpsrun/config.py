@@ -22,6 +22,7 @@ STACKS_SIGNAL = signal.SIGUSR1  # has a worker write the Python stack of each of
 REPORTED = 70  # exit status of a worker that told the lead why it ends (EX_SOFTWARE of sysexits.h)
 
 Lanes = Literal["auto", "serial", "streams", "captured", "workers", "captured-workers"]
+WORKER_LANES = "auto", "workers", "captured-workers"  # those of the lanes for which there are workers
 Switch = Literal["auto", "on", "off"]
 Capture = Literal["auto", "off"]
 Explain = Literal["", "text", "json"]
@@ -68,7 +69,7 @@ class Config:
 
     def worker_count(self) -> int:
         """Return how many worker processes this run has; none where other lanes are forced, else at least one."""
-        if self.lanes in ("serial", "streams", "captured"):
+        if self.lanes not in WORKER_LANES:
             return 0
         if self.workers is not None:
             return self.workers

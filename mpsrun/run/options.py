@@ -21,8 +21,8 @@ class Options:
 
     @property
     def forced(self) -> bool:
-        """Whether every legal region leaves the lead's own stream, whether that pays or not."""
-        return self.lanes in ("workers", "streams", "captured", "captured-workers")
+        """Whether every region that can leaves the lead's own stream, whether that pays or not."""
+        return self.lanes not in ("auto", "serial")
 
     @classmethod
     def read(cls, options: Mapping[str, Any], mode: str | None) -> Options:
