@@ -69,8 +69,8 @@ def _tell_without_effect(config: Config, reason: str) -> None:
         say(f"{reason}: with --lanes {config.lanes} branches run in turn, as in plain PyTorch")
     elif config.lanes == "captured-workers":
         say(f"{reason}: nothing is captured, branches run in worker processes")
-    elif config.lanes == "auto" and config.explain:
-        say(f"{reason}: no plan pays on a CPU; with --lanes workers the one of its workers is explained")
+    elif config.lanes == "auto" and (config.explain or config.verbose or config.verify):  # else the lead says it
+        say(f"{reason}: no plan pays on a CPU; --lanes workers tries lanes there")
     for option, is_given in (("--adapt on", config.adapt == "on"), ("--tune-convolutions", config.tune_convolutions)):
         if is_given:
             say(f"{option} has no effect: {reason}")

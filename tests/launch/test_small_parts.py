@@ -162,8 +162,9 @@ def test_a_log_in_the_run_directory_goes_with_it(tmp_path: Path) -> None:
         (Config(lanes="captured-workers"), ["no GPU: nothing is captured, branches run in worker processes"]),
         (
             Config(explain="text"),
-            ["no GPU: no plan pays on a CPU; with --lanes workers the one of its workers is explained"],
+            ["no GPU: no plan pays on a CPU; --lanes workers tries lanes there"],
         ),
+        (Config(verbose=True), ["no GPU: no plan pays on a CPU; --lanes workers tries lanes there"]),
         (
             Config(adapt="on", tune_convolutions=True),
             ["--adapt on has no effect: no GPU", "--tune-convolutions has no effect: no GPU"],
