@@ -1,7 +1,7 @@
 """CUDA processes: chunks shared by CUDA IPC, and counters that the GPU itself writes and waits for.
 
 The counters use stream memory operations (CUDA driver API, "Stream Memory Operations"): a wait holds the stream, not
-the CPU. This file and shares.py are all that talks to the CUDA driver.
+the CPU. This file, driver.py and shares.py are all that talks to the CUDA driver.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 from cuda.bindings import driver
 
 from mpsrun.device.base import COUNTER_BYTES, COUNTER_STRIDE_BYTES, Chunk, ChunkHandle, TensorRef, dtype_name
-from mpsrun.device.shares import WHOLE, driver_function, stream_on
+from mpsrun.device.driver import driver_function
+from mpsrun.device.shares import WHOLE, stream_on
 from mpsrun.errors import MemoryGone, MpsrunError, NotShippable
 
 _WAIT = int(driver.CUstreamBatchMemOpType.CU_STREAM_MEM_OP_WAIT_VALUE_32)

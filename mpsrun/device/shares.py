@@ -8,7 +8,6 @@ and is changed between two kernels without starting anything again.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import threading
 from collections.abc import Callable
@@ -17,7 +16,8 @@ from typing import Any, Protocol
 import torch
 
 from mpsrun import log
-from mpsrun.errors import MpsrunError, in_a_line
+from mpsrun.device.driver import NON_BLOCKING, own_stream
+from mpsrun.errors import MpsrunError
 
 WHOLE = (0, 100)  # where a share starts and how large it is, in percent of the multiprocessors
 
@@ -76,7 +76,7 @@ class GreenContexts:
     def stream(self, lane: int, start_percent: int, percent: int) -> torch.cuda.Stream:  # noqa: ARG002 - see NoShares
         groups = groups_of(start_percent, percent, len(self._groups))
         with self._lock:
-            raw = self._call("cuGreenCtxStreamCreate", self._context(groups), _NON_BLOCKING, 0)
+            raw = self._call("cuGreenCtxStreamCreate", self._context(groups), NON_BLOCKING, 0)
         return torch.cuda.ExternalStream(int(raw), device=torch.device("cuda", self._index))
 
     def _context(self, groups: tuple[int, ...]) -> Any:
@@ -93,9 +93,6 @@ class GreenContexts:
         if status != self._driver.CUresult.CUDA_SUCCESS:
             raise MpsrunError(f"{name} failed: {self._driver.CUresult(status).name}")
         return values[0] if len(values) == 1 else tuple(values)
-
-
-_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: the default stream does not hold it; green contexts have no others
 
 
 def groups_of(start_percent: int, percent: int, count: int) -> tuple[int, ...]:
@@ -116,41 +113,6 @@ def stream_on(device: torch.device, lane: int, place: tuple[int, int]) -> torch.
         except MpsrunError as error:
             log.say(f"a lane has the whole GPU instead of {place[1]}%: {error}")
     return own_stream(device)
-
-
-def own_stream(device: torch.device) -> torch.cuda.Stream:
-    """Another stream, which nobody else gets and which lives as long as the process.
-
-    Those that torch makes are 32, which it hands out again and again: a stream of the script may be one that something
-    is just recorded on. It is one of them, and one line why, where the driver cannot make another.
-    """
-    raw = ctypes.c_void_p()
-    with torch.cuda.device(device):
-        torch.zeros(1, device=device)  # makes the process's own context current
-        try:
-            status = driver_function("cuStreamCreate", "pI")(ctypes.addressof(raw), _NON_BLOCKING)
-        except (OSError, AttributeError) as error:
-            return _torchs_stream(device, in_a_line(error))
-    if status or raw.value is None:
-        return _torchs_stream(device, f"error {status} of the CUDA driver")
-    return torch.cuda.ExternalStream(raw.value, device=device)
-
-
-def _torchs_stream(device: torch.device, reason: str) -> torch.cuda.Stream:
-    log.say(f"a lane has a stream that the script may get, too: cuStreamCreate failed ({reason})")
-    return torch.cuda.Stream(device)
-
-
-@functools.cache
-def driver_function(name: str, kinds: str) -> Callable[..., int]:
-    """A function of the CUDA driver; `kinds` are p (pointer) or I (unsigned) by argument.
-
-    By way of ctypes: cuda-bindings need not be there, and make and check new objects in each call, which takes longer
-    than the driver.
-    """
-    function = ctypes.CDLL("libcuda.so.1")[name]
-    function.argtypes = [ctypes.c_void_p if kind == "p" else ctypes.c_uint for kind in kinds]
-    return function
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from mpsrun import log
-from mpsrun.device.shares import own_stream
+from mpsrun.device.driver import own_stream
 from mpsrun.run.streams import captured_streams
 
 Function = Callable[[], Any]

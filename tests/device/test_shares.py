@@ -2,8 +2,6 @@
 
 # ruff: noqa: N802 - the driver's own names
 
-import contextlib
-import ctypes
 from collections.abc import Iterator
 from enum import IntEnum
 from types import SimpleNamespace
@@ -16,7 +14,7 @@ from hypothesis import strategies as st
 
 from mpsrun.device import CpuDevice
 from mpsrun.device import shares as module
-from mpsrun.device.shares import WHOLE, GreenContexts, groups_of, own_stream, shares, stream_on
+from mpsrun.device.shares import WHOLE, GreenContexts, groups_of, shares, stream_on
 from mpsrun.errors import MpsrunError
 
 
@@ -124,43 +122,6 @@ def test_a_lane_without_its_share_has_the_whole_gpu(
     assert capfd.readouterr().err == ""
     assert stream_on(torch.device("cpu"), -1, (0, 40)) == ("ordinary", torch.device("cpu"))
     assert "the whole GPU instead of 40%" in capfd.readouterr().err
-
-
-@pytest.mark.parametrize("status", [0, 2])
-def test_a_stream_that_nobody_else_has(
-    status: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    asked: list[object] = []
-
-    def create(address: int, flags: int) -> int:
-        asked.append(flags)
-        ctypes.c_void_p.from_address(address).value = 0x1000
-        return status
-
-    @contextlib.contextmanager
-    def on(device: torch.device) -> Iterator[None]:
-        asked.append(f"device {device.index}")
-        yield
-
-    monkeypatch.setattr(module, "driver_function", lambda name, kinds: {("cuStreamCreate", "pI"): create}[name, kinds])
-    monkeypatch.setattr(torch, "zeros", lambda _size, device: asked.append(f"context {device.index}"))
-    monkeypatch.setattr(torch.cuda, "device", on)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: ("torch's", device.index))
-    assert own_stream(torch.device("cuda", 3)) == (("torch's", 3) if status else (0x1000, 3))
-    assert ("cuStreamCreate failed (error 2" in capfd.readouterr().err) == bool(status)
-    assert asked == ["device 3", "context 3", 1], "one that the default stream does not hold, in that device's context"
-
-
-def test_a_driver_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    def missing(*_: str) -> None:
-        raise OSError("libcuda.so.1: cannot open shared object file")
-
-    monkeypatch.setattr(module, "driver_function", missing)
-    monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.empty(1))
-    monkeypatch.setattr(torch.cuda, "device", lambda _device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: ("torch's", device.index))
-    assert own_stream(torch.device("cuda", 0)) == ("torch's", 0)
-    assert "libcuda.so.1" in capfd.readouterr().err
 
 
 def test_without_a_gpu_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
