@@ -29,8 +29,7 @@ def measure(case: Case, engines: Sequence[str], repeats: int, steps: int, compar
     """Time all engines and compare the results of some; an engine that fails has the reason instead."""
     model = make(case)
     cells: Cells = {engine: {} for engine in engines}
-    as_it_is = {name: getattr(torch._dynamo.config, name) for name in in_place.CHANGED}  # by `auto`
-    with torch._dynamo.config.patch(as_it_is | DYNAMO):
+    with dynamo():
         time_engines(case, model, cells, repeats, steps)
         forget()
         compare(case, model, {engine: cells[engine] for engine in engines if engine in compared})
@@ -39,6 +38,13 @@ def measure(case: Case, engines: Sequence[str], repeats: int, steps: int, compar
     row = {"network": case.network, "batch": case.batch, "dtype": "bf16" if case.of.bf16 else narrow, "engines": cells}
     lost = lost_workers()
     return row | judge(row) | ({"lost": lost} if lost else {})
+
+
+def dynamo() -> contextlib.AbstractContextManager[None]:
+    """Dynamo's settings for engines, and those from before afterwards: `auto` changes some."""
+    as_it_is = {name: getattr(torch._dynamo.config, name) for name in in_place.CHANGED}
+    patch: contextlib.AbstractContextManager[None] = torch._dynamo.config.patch(as_it_is | DYNAMO)
+    return patch
 
 
 def find_bound(case: Case) -> dict[str, Any]:

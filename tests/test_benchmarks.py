@@ -512,7 +512,9 @@ def test_what_trying_plans_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
     monkeypatch.setattr(parts, "Stepper", Told)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = torch._dynamo.config.recompile_limit
     row = parts.tuning(TRIAL_CASE)
+    assert torch._dynamo.config.recompile_limit == before, "which compiling in place changes"
     assert seen == [False, False, True, False, True, False, True]
     assert row["plans to be tried"] == [4.0, 4.0, 4.0]
     assert row["plan from the cache"] == [1.5, 1.5, 1.5]
