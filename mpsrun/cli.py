@@ -1,7 +1,6 @@
 """The command line: `mpsrun [options] train.py [args...]`."""
 
 import dataclasses
-import difflib
 import math
 import os
 import sys
@@ -203,6 +202,8 @@ def _option(name: str, explains: bool) -> tuple[str, Callable[[str, str], Any] |
         usage = f"mpsrun explain {name}{'' if _OPTIONS[field] is None else ' N'} train.py"
         raise UsageError(f"expected {name} after explain only, found it without; use {usage}")
     if not name.startswith("--") or field not in _OPTIONS:
+        import difflib
+
         near = difflib.get_close_matches(field, _OPTIONS, 1)
         advice = f"did you mean --{near[0].replace('_', '-')}?" if near else "see mpsrun --help"
         raise UsageError(f"expected an option of mpsrun or a script, found {name!r}; {advice}")

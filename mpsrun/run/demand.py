@@ -145,8 +145,9 @@ def _traced(run: Callable[[], object]) -> Trace | None:
         profiler.start()
         try:
             run()
+            settle()
         finally:
-            with alone():  # it waits for the device itself
+            with alone():  # it waits for the device, too
                 profiler.stop()
         with tempfile.TemporaryDirectory(prefix="mpsrun-") as folder:
             path = Path(folder) / "trace.json"

@@ -60,7 +60,6 @@ class Worker:
         self.channel.send(m.Ready(self.index, os.getpid(), m.PROTOCOL, self.generation))
         message: m.ToWorker | None = None
         while not isinstance(message, m.Stop):
-            message = None
             try:
                 message = self.channel.receive(POLL_S, self._spin_s)
                 if message is not None:
