@@ -2,6 +2,7 @@
 
 import copy
 
+import pool
 import torch
 from networks import Three
 from transparency import TOLERANCE, Trained, assert_same, on_lanes, trained
@@ -32,4 +33,5 @@ def test_an_idle_worker_is_not_taken_to_be_ahead(workers: Coordinator) -> None:
             check(alone, seed)
         if turn % 5 == 0:
             check(both, turn)
+        pool.settle(workers)  # the watching thread looks more often than every 2**31 submissions
     assert workers.pool.sequence < LEVEL_EVERY
