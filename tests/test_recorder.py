@@ -23,6 +23,10 @@ class Gpu:
         self.fails = False
         self.current: Stream = Stream(self, "script")
 
+    def provide(self, main: "Stream", sides: object) -> None:
+        assert (main.name, sides) == ("own", [])
+        self.asked.append("workspaces")
+
     def take(self) -> list[str]:
         asked, self.asked = self.asked, []
         return asked
@@ -116,7 +120,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
         monkeypatch.setattr(torch.cuda, name, value)
     torch.cuda.default_generators[0].set_offset(12)
     for name, told in {
-        "_cuda_clearCublasWorkspaces": "clear workspaces",
         "_cuda_endAllocateToPool": "end the pool",
         "_cuda_releasePool": "release the pool",
     }.items():
@@ -124,16 +127,17 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     raw = lambda _index: made.current.cuda_stream  # noqa: E731
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", raw, raising=False)
     monkeypatch.setattr(torch, "Generator", Generator)
-    monkeypatch.setattr(recorder, "captured_streams", lambda _device: [])
+    monkeypatch.setattr(recorder, "side_streams", lambda _device: [])
+    monkeypatch.setattr(recorder, "Workspaces", lambda _device: made)
     monkeypatch.setattr(recorder, "_free", defaultdict(list))
     monkeypatch.setattr(recorder, "own_stream", lambda _device: Stream(made, next(names)))
     return made
 
 
-def test_a_recording_waits_for_what_is_under_way_and_has_workspaces_of_its_own(gpu: Gpu) -> None:
+def test_a_recording_waits_for_what_is_under_way_and_has_workspaces(gpu: Gpu) -> None:
     made = CudaRecorder(DEVICE)
     recording = made.record(lambda: gpu.asked.append(f"work on {gpu.current.name}"))
-    work = ["clear workspaces", "wait for own", "begin", "work on own", "end", "clear workspaces"]
+    work = ["workspaces", "wait for own", "begin", "work on own", "end"]
     assert gpu.take() == work
     recording.replay()
     assert gpu.take() == ["script behind own", "replay on script"]
@@ -167,7 +171,7 @@ def test_nothing_that_would_end_a_recording_comes_beside_it(gpu: Gpu, ask: Calla
 
     made.record(work)
     thread.join(10)
-    recorded = ["clear workspaces", "wait for own", "begin", "end", "clear workspaces"]
+    recorded = ["workspaces", "wait for own", "begin", "end"]
     asked = gpu.take()
     assert asked[: len(recorded)] == recorded
     assert asked[len(recorded) :], "what the other thread asked for"
@@ -211,7 +215,7 @@ def test_a_capture_that_fails_gives_back_its_memory_once(
     with pytest.raises(ValueError, match="in the function"):
         made.record(work)
     given_back = ["reset"] if releases else ["end the pool", "release the pool"]
-    assert gpu.take()[3:] == [*given_back, "clear workspaces", "end the pool"]
+    assert gpu.take()[3:] == [*given_back, "end the pool"]
     assert made.era == era + 1
     state = torch.cuda.default_generators[0].state
     assert (state.seed, state.offset) == (7, 12)

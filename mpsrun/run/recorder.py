@@ -20,7 +20,8 @@ import torch
 
 from mpsrun import log
 from mpsrun.device.driver import own_stream
-from mpsrun.run.streams import captured_streams
+from mpsrun.run.streams import side_streams
+from mpsrun.run.workspaces import Workspaces
 
 Function = Callable[[], Any]
 GRAPHS_RELEASE = torch.__version__ >= "2.14"  # a graph whose capture has failed gives its memory back
@@ -79,6 +80,7 @@ class CudaRecorder:
         self._stream = free.pop() if free else own_stream(device)
         weakref.finalize(self, free.append, self._stream)
         self._last = self._stream  # that of the last replay
+        self._workspaces = Workspaces(device)
         self._lock = threading.Lock()  # a script may train in several threads
 
     @property
@@ -103,7 +105,8 @@ class CudaRecorder:
         """Other threads go on meanwhile: only what this one does must be fit for a graph."""
         pool: Any = forward.pool if isinstance(forward, _CudaRecording) else torch.cuda.graph_pool_handle()
         graph, begin_s = torch.cuda.CUDAGraph(), time.perf_counter()
-        with _alone, self._lock, _uncollected(), self._on_stream(), restoring(self._device, pool), _own_workspaces():
+        with _alone, self._lock, _uncollected(), self._on_stream(), restoring(self._device, pool):
+            self._workspaces.provide(self._stream, side_streams(self._device))
             self._last.synchronize()  # its random ops still read what a capture resets
             self._last = self._stream
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
@@ -140,7 +143,7 @@ class CudaRecorder:
 
     def _join_sides(self) -> None:
         """Autograd waits for the streams that gradients come from, not for those of what nobody needed."""
-        for stream in captured_streams(self._device):
+        for _, stream in side_streams(self._device):
             with torch.cuda.stream(stream):
                 forked = torch.cuda.is_current_stream_capturing()
             if forked:
@@ -200,20 +203,6 @@ def restoring(device: torch.device, pool: tuple[int, int]) -> Iterator[None]:
         source.graphsafe_set_state(fresh)
         _eras[device] += 1
         raise
-
-
-@contextlib.contextmanager
-def _own_workspaces() -> Iterator[None]:
-    """What is recorded has workspaces of cuBLAS in its own pool, for as long as it lives.
-
-    Else it would use those of the first recording on its streams, which may be dropped before it: torch from 2.12 on
-    then frees them, and Inductor's graphs clear all of them at any time.
-    """
-    torch._C._cuda_clearCublasWorkspaces()
-    try:
-        yield
-    finally:
-        torch._C._cuda_clearCublasWorkspaces()
 
 
 def _has_ended(graph: torch.cuda.CUDAGraph) -> bool:

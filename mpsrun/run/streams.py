@@ -21,7 +21,8 @@ LaneValues = Sequence[tuple[int, Sequence[Any]]]
 # By lane, where its share of the multiprocessors starts and how large it is, in percent; all others have the whole GPU.
 Places = Mapping[int, tuple[int, int]]
 MAIN = 0
-_streams: dict[tuple[torch.device, bool, int, tuple[int, int]], torch.cuda.Stream] = {}
+# By device, lane and place: the stream of what runs op by op, and that of what is recorded.
+_streams: dict[tuple[torch.device, int, tuple[int, int]], tuple[torch.cuda.Stream, torch.cuda.Stream]] = {}
 
 
 class Sides(Protocol):
@@ -86,20 +87,20 @@ def open_sides(device: torch.device, inputs: LaneValues, places: Places, apart: 
     return CudaSides(device, inputs, places, apart) if device.type == "cuda" else OneOrder()
 
 
-def captured_streams(device: torch.device) -> list[torch.cuda.Stream]:
-    """Those of a device that something was recorded on so far."""
+def side_streams(device: torch.device) -> list[tuple[torch.cuda.Stream, torch.cuda.Stream]]:
+    """Those of a device so far: by lane the one that runs op by op, and the one that is recorded in its place."""
     known = list(_streams.items())  # another thread may add to them
-    return [stream for (where, records, *_), stream in known if where == device and records]
+    return [pair for (where, *_), pair in known if where == device]
 
 
 def _stream(device: torch.device, records: bool, lane: int, place: tuple[int, int]) -> torch.cuda.Stream:
-    key = device, records, lane, place
+    key = device, lane, place
     if key not in _streams:
         # A script that holds its last loss also holds what accumulated gradients on the streams of the plan before.
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
-        for use in (False, True):  # at once, so that none is made while something is recorded
-            _streams.setdefault((device, use, lane, place), stream_on(device, lane, place))
-    return _streams[key]
+        # Both at once, so that none is made while something is recorded.
+        _streams.setdefault(key, (stream_on(*key), stream_on(*key)))
+    return _streams[key][records]
 
 
 def _lend(values: Sequence[Any], stream: torch.cuda.Stream) -> None:

@@ -15,7 +15,7 @@ from transparency import assert_same, moved, trained
 from mpsrun.run import captured, report
 from mpsrun.run.captured import Captured
 from mpsrun.run.recorder import CudaRecorder, Recording
-from mpsrun.run.streams import CudaSides, captured_streams
+from mpsrun.run.streams import CudaSides, side_streams
 
 pytestmark = pytest.mark.gpu
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
@@ -309,25 +309,94 @@ def test_nothing_is_recorded_on_a_stream_of_the_script(daemon: None, made: list[
     device = torch.device("cuda", torch.cuda.current_device())
     recorder = made[0]._recorder
     assert isinstance(recorder, CudaRecorder)
-    recorded_on = {stream.cuda_stream for stream in [recorder._stream, *captured_streams(device)]}
+    recorded_on = {stream.cuda_stream for stream in [recorder._stream, *(side for _, side in side_streams(device))]}
     assert len(recorded_on) > 2
     assert recorded_on.isdisjoint({torch.cuda.Stream(priority=i % 2 - 1).cuda_stream for i in range(128)})
 
 
+def split(long: Tensor) -> Tensor:
+    """A sum so long that cuBLAS splits it, for which it needs memory of its own."""
+    return long @ long.T
+
+
+def given_back() -> list[Tensor]:
+    """What nobody has any more goes back to the GPU, and is used for these."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return [torch.full((1 << 20,), torch.nan, device="cuda") for _ in range(64)]
+
+
 def test_a_recording_outlives_those_before_it(daemon: None) -> None:
-    """With their memory goes what cuBLAS had of it; here it splits a long sum, for which it needs some."""
     made = CudaRecorder(torch.device("cuda", torch.cuda.current_device()))
     long = torch.randn(64, 1 << 18, device="cuda")
-    (long @ long.T).sum().item()  # cuBLAS is there
-    first, second = made.record(lambda: long @ long.T), made.record(lambda: long @ long.T)
+    split(long).sum().item()  # cuBLAS is there
+    first, second = made.record(lambda: split(long)), made.record(lambda: split(long))
     first.replay()
     wanted = second.replay().clone()
     del first
-    gc.collect()
-    torch.cuda.empty_cache()
-    blocks = [torch.full((1 << 20,), torch.nan, device="cuda") for _ in range(64)]
+    blocks = given_back()
     assert torch.equal(second.replay(), wanted)
     assert all(block.isnan().all() for block in blocks)
+
+
+class Splitting(nn.Module):
+    """Branches that need memory of cuBLAS's, forward or backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, long: Tensor) -> Tensor:
+        long = long * self.scale
+        halves = long.chunk(2)
+        return torch.cat([split(halves[0]).relu(), split(halves[1]).relu()])
+
+
+def used() -> set[tuple[int, int]]:
+    """(stream, address) of what torch's allocator has given to somebody."""
+    return {
+        (segment["stream"], block["address"])
+        for segment in torch.cuda.memory_snapshot()
+        for block in segment["blocks"]
+        if block["state"] == "active_allocated"
+    }
+
+
+def test_workspaces_of_cublas_stay(daemon: None, made: list[Captured]) -> None:
+    """Those of a script's own graph, whatever is recorded, and those of recordings, whoever clears them.
+
+    As Inductor does, or by a script to have more memory.
+    """
+    long = torch.randn(128, 1 << 18, device="cuda")
+    script, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(script):
+        wanted = split(long).clone()  # takes the workspace that the graph will know
+        before = {block for block in used() if block[0] == script.cuda_stream}
+    with torch.cuda.graph(graph, stream=script):
+        found = split(long)
+    plain = Splitting().to("cuda")
+    fast = on_captured(copy.deepcopy(plain))
+    losses_of = lambda model: [step(model, long) for _ in range(6)]  # noqa: E731
+    assert losses_of(fast) == pytest.approx(losses_of(plain), rel=1e-5)
+    assert made[0].replays
+    assert before
+    assert before <= used(), "the workspace that the script's graph works in"
+    blocks = given_back()
+    graph.replay()
+    assert torch.equal(found, wanted)
+    torch._C._cuda_clearCublasWorkspaces()
+    blocks += given_back()
+    assert losses_of(fast) == pytest.approx(losses_of(plain), rel=1e-5)
+    assert all(block.isnan().all() for block in blocks)
+
+
+def step(model: nn.Module, x: Tensor) -> float:
+    """A training step; returns the loss."""
+    model.zero_grad()
+    loss = model(x).square().mean()
+    loss.backward()
+    return loss.item()
 
 
 def test_large_gradients_stay_valid(daemon: None, made: list[Captured]) -> None:
