@@ -22,14 +22,14 @@ PINS = {
     "torchvision/inception_v3": {4: 9, 3: 2, 2: 5},
     # Mixed_5b and mixed_7a; ten block35 and mixed_6a; twenty block17 and ten block8. A shortcut is no branch.
     "timm/inception_resnet_v2": {4: 2, 3: 11, 2: 30},
-    # Stages of two, three and four resolutions with their fuse layers (12 paths between four resolutions), whose sums
-    # are cut into layers as well; shortcuts of 1x1 convolutions in the first stage and in the head.
-    "timm/hrnet_w18": {12: 2, 9: 1, 6: 1, 5: 5, 4: 12, 3: 4, 2: 8},
+    # Stages of two, three and four resolutions, by turns with their fuse layers (12 paths between four resolutions);
+    # shortcuts of 1x1 convolutions in the first stage and in the head.
+    "timm/hrnet_w18": {12: 3, 6: 3, 5: 1, 4: 4, 3: 4, 2: 8},
     # A cell reads the two before it, so that its left half runs beside the right half of its predecessor: eight
-    # branches, eleven beside a reduction. Two 1x1 convolutions before each, two sums after it.
-    "timm/nasnetalarge": {11: 2, 9: 1, 8: 15, 7: 1, 5: 1, 4: 2, 3: 7, 2: 46},
+    # branches, eleven beside a reduction. Two 1x1 convolutions before each.
+    "timm/nasnetalarge": {11: 2, 9: 1, 8: 15, 7: 1, 5: 1, 4: 2, 3: 3, 2: 24},
     # As NASNet, but for the third pair of each of the 13 cells, which is a fork inside a branch.
-    "timm/pnasnet5large": {9: 1, 8: 12, 5: 2, 2: 30},
+    "timm/pnasnet5large": {8: 13, 5: 2, 2: 30},
     # Two scales in each of three blocks and before them, two projections between; in each of six cross attentions
     # the values beside the scores, the keys beside the queries.
     "timm/crossvit_tiny_240": {2: 19},

@@ -103,6 +103,7 @@ def _levels(units: Units, structure: Structure) -> list[Fork]:
     """A body without cut points, as layers of super-nodes: HRNet's fuse layers, NASNet's cells."""
     blocks = _Blocks(units, structure)
     blocks.contract()
+    blocks.gather(structure.light)
     if len(blocks.members) < 2:
         return []
     forks: list[Fork] = []
@@ -141,8 +142,23 @@ class _Blocks:
             if merged is not None:
                 pending.update(dict.fromkeys((merged, *self.before[merged], *self.after[merged])))
 
-    def levels(self) -> list[list[Units]]:
-        """Blocks by their depth (longest path from a source)."""
+    def gather(self, light: Units) -> None:
+        """Merge light joins with what only they need: a long sum is one block, not a level for each of its terms.
+
+        Not where something would start later than before. Forks among the terms are then found inside the block.
+        """
+        depth: dict[fx.Node, int] = {}
+        for block in self.depths():  # sources first
+            last = max((depth[source] for source in self.before[block]), default=-1)
+            feeding = [source for source in self.before[block] if depth[source] == last]
+            depth[block] = last + 1
+            if feeding and self.members[block] <= light and all(self.after[source] == {block} for source in feeding):
+                depth[block] = last
+                for source in feeding:
+                    self._take_in(block, source)
+
+    def depths(self) -> dict[fx.Node, int]:
+        """By block, the longest path from a source."""
         depth: dict[fx.Node, int] = {}
         waiting = {block: len(sources) for block, sources in self.before.items()}
         ready = [block for block, count in waiting.items() if count == 0]
@@ -152,10 +168,29 @@ class _Blocks:
                 waiting[target] -= 1
                 if waiting[target] == 0:
                     ready.append(target)
+        return depth
+
+    def levels(self) -> list[list[Units]]:
+        """Blocks by their depth."""
+        depth = self.depths()
         found: dict[int, list[Units]] = {}
-        for block in sorted(depth, key=lambda block: self.order.bit[block]):
+        for block in sorted(depth, key=self._first):
             found.setdefault(depth[block], []).append(frozenset(self.members[block]))
         return [level for _, level in sorted(found.items())]
+
+    def _first(self, block: fx.Node) -> int:
+        """Where in the program a block starts."""
+        return min(self.order.bit[unit] for unit in self.members[block])
+
+    def _take_in(self, block: fx.Node, source: fx.Node) -> None:
+        """Make what only this block needs a part of it."""
+        self.before[block].remove(source)
+        for earlier in self.before[source]:
+            self.after[earlier].remove(source)
+            self.after[earlier].add(block)
+        self.before[block] |= self.before.pop(source)
+        del self.after[source]
+        self.members[block] |= self.members.pop(source)
 
     def _merge_series(self, block: fx.Node) -> fx.Node | None:
         if len(self.after[block]) != 1:

@@ -317,7 +317,41 @@ class HRNet(nn.Module):
 
 def test_hrnet_forks_at_every_level() -> None:
     captured = capture(HRNet(), torch.randn(2, 1, 8, 8))
-    assert captured.shape() == [2, 2, 2, 2, 2]
+    assert captured.shape() == [2, 2, 2, 2]
+    assert not captured.found.refusals
+
+
+def test_long_sums_are_no_levels_of_their_own() -> None:
+    """Each of three branches gets what the others make of theirs, as in HRNet; all start at the same time."""
+    before, after = ([nn.Linear(4, 4) for _ in range(3)] for _ in range(2))
+    paths = [[nn.Linear(4, 4) if i != k else nn.Identity() for k in range(3)] for i in range(3)]
+
+    def model(x: Tensor) -> Tensor:
+        given = [layer(x).relu() for layer in before]
+        mixed = [path[0](given[0]) + path[1](given[1]) + path[2](given[2]) for path in paths]
+        first, second, third = (layer(part.relu()) for layer, part in zip(after, mixed, strict=True))
+        return first * second * third
+
+    captured = capture(model, torch.randn(2, 4))
+    assert captured.shape() == [3, 6, 3]
+    assert not captured.found.refusals
+
+
+def test_what_another_join_needs_is_not_held_up() -> None:
+    """A cell reads the two before it: what it makes of the older one runs beside the newer one, as in NASNet."""
+    narrow = [[nn.Linear(4, 4) for _ in range(2)] for _ in range(4)]
+    wide = [[nn.Linear(4, 4) for _ in range(4)] for _ in range(4)]
+
+    def model(x: Tensor) -> Tensor:
+        older = newer = x.relu()
+        for ours, theirs in zip(narrow, wide, strict=True):
+            near, far = ours[0](newer).relu(), ours[1](older).relu()
+            parts = [layer(given).relu() for layer, given in zip(theirs, (near, near, far, far), strict=True)]
+            older, newer = newer, torch.cat([parts[0], parts[1] + parts[2], parts[3]], 1)[:, :4]
+        return newer
+
+    captured = capture(model, torch.randn(2, 4))
+    assert captured.shape() == [3, 6, 2, 4, 2, 4, 2]
     assert not captured.found.refusals
 
 
