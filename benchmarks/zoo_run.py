@@ -158,7 +158,8 @@ def _owed() -> int:
 def _told(watched: Watched) -> dict[str, Any]:
     """What mpsrun reports of its graphs, and the workers of their jobs."""
     regions = [region for graph in report.graphs for region in graph.regions]
-    refusals = [text for graph in report.graphs for text in graph.refusals if text != NO_FORK]
+    told = [text for graph in report.graphs for text in graph.refusals]
+    refusals = [text for text in told if not any(other in text for other in NO_REFUSALS)]
     jobs = {(lane, job) for region in regions for lane, job in zip(region.lanes, region.jobs, strict=True) if lane}
     coordinator = session.current()
     counts = coordinator.counts() if coordinator else {}
@@ -180,7 +181,7 @@ REASONS = (
     "is a view of an input or of another output", "hands out a value that is no tensor",
     "needs a result of its sibling", "both have effects outside tensors",
 )  # fmt: skip
-NO_FORK = "no branches that do not depend on each other"
+NO_REFUSALS = ("no branches that do not depend on each other", "goes along with branch")
 
 
 def reason_of(refusal: str) -> str:
