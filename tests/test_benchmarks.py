@@ -6,7 +6,6 @@ import dataclasses
 import importlib.machinery
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,9 +21,10 @@ from benchmarks.cases import NETWORKS, TRIAL, Case, Input, Network, chosen
 from benchmarks.engines import AUTO, ENGINES, SLOW
 from benchmarks.results import Results
 from examples.networks import GoogLeNet
-from mpsrun.run import report, state
+from mpsrun.run import plans, report, state
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.demand import Demand
+from mpsrun.run.plan_cache import Entry, Key
 from mpsrun.run.profile import Alone
 
 ROOT = Path(__file__).parent.parent
@@ -498,12 +498,13 @@ def test_what_is_not_captured_is_not_measured(monkeypatch: pytest.MonkeyPatch) -
 def test_what_trying_plans_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The first of each pair finds an empty cache, the second what the first has left there."""
     seen: list[bool] = []
+    key = Key(graph="", shapes="", device="", driver="", torch="", mpsrun="", workers=0, mps="")
 
     class Told(steps.Stepper):
         def warm_up(self) -> float:
-            plan = Path(os.environ["XDG_CACHE_HOME"], "plan")
-            seen.append(plan.exists())
-            plan.touch()
+            cache = plans.cache()
+            seen.append(cache.load(key) is not None)
+            cache.store(key, Entry(candidate="serial", plan=""))
             self.warm_up_steps = 10 if seen[-1] else 40
             return 2.0 if seen[-1] else 6.0
 

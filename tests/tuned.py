@@ -34,10 +34,8 @@ def auto_lanes(coordinator: Coordinator, patch: pytest.MonkeyPatch, directory: P
     patch.setattr(plans, "_saved", PlanFile())
     patch.setattr(tuning_module, "_tuning", None)
     report.graphs.clear()
-    plans.cache.cache_clear()
     plans.pins.cache_clear()
     yield
-    plans.cache.cache_clear()
     plans.pins.cache_clear()
 
 

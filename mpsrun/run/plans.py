@@ -47,9 +47,8 @@ def fingerprint(key: Key) -> str:
     return _digest(key.graph + key.shapes)
 
 
-@functools.cache
 def cache() -> PlanCache:
-    """The cache of this user."""
+    """The cache of this user, where the environment says that it is now."""
     return PlanCache(config.current().plan_cache_dir)
 
 

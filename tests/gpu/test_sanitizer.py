@@ -1,4 +1,9 @@
-"""compute-sanitizer finds no access out of bounds in a small training run, in no process of it."""
+"""compute-sanitizer finds no access out of bounds in a small training run, in no process of it.
+
+To be run while nobody else has the GPU: beside busy clients of CUDA MPS a lead that had done everything was seen to
+stay in the end of its process, outside of Python, for minutes (H200, driver 580.159); alone seven of seven ended in
+26 s.
+"""
 
 import os
 import re
@@ -7,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mpsrun.checkout import with_package
@@ -51,16 +57,20 @@ def test_memory_is_used_within_bounds(lanes: str, tmp_path: Path) -> None:
     check = [SANITIZER, "--tool", "memcheck", "--report-api-errors", "no", "--target-processes", "all"]
     told = tmp_path / "told.txt"  # not a pipe, which whoever is left behind would keep open
     with told.open("w") as file:
-        done = subprocess.run(
+        done = psutil.Popen(
             [*check, "--error-exitcode", "99", *launch, str(script)],
             env=with_package(os.environ),
             stdout=file,
             stderr=subprocess.STDOUT,
-            timeout=100,
-            check=False,
         )
+    try:
+        status = done.wait(100)
+    except psutil.TimeoutExpired:
+        for process in [*done.children(recursive=True), done]:
+            process.kill()
+        status = None
     text = told.read_text()
-    assert done.returncode == 0, text
+    assert status == 0, text
     calls = re.search(r"calls on lanes: (\d+)", text)
     assert calls is not None, text
     assert int(calls[1]) > 0, text
