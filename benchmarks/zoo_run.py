@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks import zoo_rows as rows
 from benchmarks.zoo_models import Entry, Specimen, specimen
+from mpsrun.plan.candidates import GOES_ALONG
 from mpsrun.run import backend, in_place, report, session
 
 WORKERS = 2
@@ -181,7 +182,7 @@ REASONS = (
     "is a view of an input or of another output", "hands out a value that is no tensor",
     "needs a result of its sibling", "both have effects outside tensors",
 )  # fmt: skip
-NO_REFUSALS = ("no branches that do not depend on each other", "goes along with branch")
+NO_REFUSALS = ("no branches that do not depend on each other", GOES_ALONG)
 
 
 def reason_of(refusal: str) -> str:

@@ -15,16 +15,18 @@ DEVICE = torch.device("cuda", 0)
 
 
 class Gpu:
-    """Notes what is asked of it; fails: whether captures do."""
+    """Notes what is asked of it; fails: whether captures do; is_full: whether workspaces find no memory."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.streams = 0
-        self.fails = False
+        self.fails = self.is_full = False
         self.current: Stream = Stream(self, "script")
 
     def provide(self, main: "Stream", sides: object) -> None:
         assert (main.name, sides) == ("own", [])
+        if self.is_full:
+            raise torch.OutOfMemoryError("no memory for a workspace")
         self.asked.append("workspaces")
 
     def take(self) -> list[str]:
@@ -128,7 +130,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", raw, raising=False)
     monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(recorder, "side_streams", lambda _device: [])
-    monkeypatch.setattr(recorder, "Workspaces", lambda _device: made)
+    monkeypatch.setattr(recorder, "workspaces", lambda _device: made)
     monkeypatch.setattr(recorder, "_free", defaultdict(list))
     monkeypatch.setattr(recorder, "own_stream", lambda _device: Stream(made, next(names)))
     return made
@@ -198,6 +200,16 @@ def test_replays_follow_each_other_across_streams(gpu: Gpu) -> None:
         assert gpu.take() == ["replay on second"]
     made.follow()
     assert gpu.take() == ["script behind second"]
+
+
+def test_without_memory_for_workspaces_nothing_begins(gpu: Gpu) -> None:
+    """Other recordings stay good: the generator was not touched."""
+    made = CudaRecorder(DEVICE)
+    era, gpu.is_full = made.era, True
+    with pytest.raises(torch.OutOfMemoryError):
+        made.record(lambda: None)
+    assert gpu.take() == []
+    assert made.era == era
 
 
 @pytest.mark.parametrize("releases", [False, True], ids=["torch 2.13", "torch 2.14"])

@@ -145,7 +145,7 @@ class _Blocks:
     def gather(self, light: Units) -> None:
         """Merge light joins with what only they need: a long sum is one block, not a level for each of its terms.
 
-        Not where something would start later than before. Forks among the terms are then found inside the block.
+        Not where the depth of something would grow. Forks among the terms are then found inside the block.
         """
         depth: dict[fx.Node, int] = {}
         for block in self.depths():  # sources first

@@ -17,6 +17,7 @@ SIDE_STREAMS = tuple(-i for i in range(1, 17))
 SERIAL = "serial"
 # A worker whose work beside a branch takes more of the branch's time than this is no help to a region inside of it.
 BUSY_PART = 0.25
+GOES_ALONG = "goes along with branch"  # why a region inside of a branch is not planned, whose branch left
 
 _Choice = Assignment | Declined
 _Chooser = Callable[[Region, Collection[int]], _Choice]  # the second are lanes that others keep busy meanwhile
@@ -165,7 +166,7 @@ class _Planner:
             if around is None:
                 made[region.index] = choose(region, self._busy(region, made))
             else:
-                made[region.index] = Declined(f"goes along with branch {around[1]} of region {around[0]}")
+                made[region.index] = Declined(f"{GOES_ALONG} {around[1]} of region {around[0]}")
         plan = Plan(made)
         return Candidate(name, plan, predicted_us(plan, self._regions, self._costs))
 

@@ -21,7 +21,7 @@ import torch
 from mpsrun import log
 from mpsrun.device.driver import own_stream
 from mpsrun.run.streams import side_streams
-from mpsrun.run.workspaces import Workspaces
+from mpsrun.run.workspaces import workspaces
 
 Function = Callable[[], Any]
 GRAPHS_RELEASE = torch.__version__ >= "2.14"  # a graph whose capture has failed gives its memory back
@@ -80,7 +80,6 @@ class CudaRecorder:
         self._stream = free.pop() if free else own_stream(device)
         weakref.finalize(self, free.append, self._stream)
         self._last = self._stream  # that of the last replay
-        self._workspaces = Workspaces(device)
         self._lock = threading.Lock()  # a script may train in several threads
 
     @property
@@ -105,21 +104,27 @@ class CudaRecorder:
         """Other threads go on meanwhile: only what this one does must be fit for a graph."""
         pool: Any = forward.pool if isinstance(forward, _CudaRecording) else torch.cuda.graph_pool_handle()
         graph, begin_s = torch.cuda.CUDAGraph(), time.perf_counter()
-        with _alone, self._lock, _uncollected(), self._on_stream(), restoring(self._device, pool):
-            self._workspaces.provide(self._stream, side_streams(self._device))
-            self._last.synchronize()  # its random ops still read what a capture resets
-            self._last = self._stream
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-            try:
-                results = function()
-                self._join_sides()
-            except BaseException:
-                with contextlib.suppress(RuntimeError):  # of a capture that has failed already
-                    self._end(graph, pool)
-                raise
-            self._end(graph, pool)
+        with _alone, self._lock, _uncollected(), self._on_stream():
+            workspaces(self._device).provide(self._stream, side_streams(self._device))
+            with restoring(self._device, pool):
+                results = self._recorded(graph, pool, function)
         log.detail(f"a recording was made in {(time.perf_counter() - begin_s) * 1e3:.0f} ms")
         return _CudaRecording(self, graph, pool, results)
+
+    def _recorded(self, graph: torch.cuda.CUDAGraph, pool: Any, function: Function) -> Any:
+        """What `function` returns, while the graph records what it submits."""
+        self._last.synchronize()  # its random ops still read what a capture resets
+        self._last = self._stream
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            results = function()
+            self._join_sides()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # of a capture that has failed already
+                self._end(graph, pool)
+            raise
+        self._end(graph, pool)
+        return results
 
     def _end(self, graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
         """End a capture; of one that has failed torch before 2.14 would keep the memory, which its graph owns."""

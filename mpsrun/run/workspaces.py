@@ -8,7 +8,9 @@ nothing else, and stays. Those of other streams are left alone: graphs of the sc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,41 +19,42 @@ Stream = torch.cuda.Stream
 
 
 class Workspaces:
-    """Those of one device; not safe for threads.
-
-    All recordings of a device share them, since their replays follow each other.
-    """
+    """Those of one device, which live as long as the process; for one thread at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool: torch.cuda.MemPool | None = None
-        self._needing: list[Stream] = []
+        self._sides: list[Stream] = []  # the recorded ones that need some
 
-    def provide(self, main: Stream, sides: Iterable[tuple[Stream, Stream]]) -> None:
+    def provide(self, main: Stream, sides: Sequence[tuple[Stream, Stream]]) -> None:
         """Have those that recordings of the calling thread need, whose current device this is.
 
         main: the stream of recordings. sides: of each lane, the stream that runs op by op, and the one that is recorded
         in its place, which needs a workspace if the former has one.
         """
-        if torch.cuda.get_allocator_backend() != "native":  # others have no pools
+        recorded = [stream for _, stream in sides]
+        if torch.cuda.get_allocator_backend() != "native":  # others have no pools, and may not tell what is in use
+            _take([main, *recorded], contextlib.nullcontext())
             return
         pool = self._pool = self._pool or torch.cuda.MemPool()
-        if main not in self._needing:
-            self._needing.append(main)
-        self._take(pool)
-        unsure = [(plain, recorded) for plain, recorded in sides if recorded not in self._needing]
-        if unsure:
-            size_bytes = max((size for _, size in _in_use(pool.snapshot())), default=0)
-            having = _in_use(torch.cuda.memory_snapshot()) if size_bytes else set()
-            self._needing += [recorded for plain, recorded in unsure if (plain.cuda_stream, size_bytes) in having]
-            self._take(pool)
+        _take([main, *self._sides], torch.cuda.use_mem_pool(pool, self._device))
+        if any(stream not in self._sides for stream in recorded):
+            sizes = {size for _, size in _in_use(pool.snapshot())}
+            in_use = _in_use(torch.cuda.memory_snapshot()) if sizes else set()
+            self._sides = [
+                side
+                for plain, side in sides
+                if side in self._sides or not sizes or any((plain.cuda_stream, size) in in_use for size in sizes)
+            ]
+            _take(self._sides, torch.cuda.use_mem_pool(pool, self._device))
 
-    def _take(self, pool: torch.cuda.MemPool) -> None:
-        """Where a stream has one already, this takes a microsecond."""
-        with torch.cuda.use_mem_pool(pool, self._device):
-            for stream in self._needing:
-                with torch.cuda.stream(stream):
-                    torch.cuda.current_blas_handle()  # which has a workspace then
+
+def _take(streams: Sequence[Stream], place: contextlib.AbstractContextManager[Any]) -> None:
+    """Have a workspace for each of these streams; what has none yet is taken from `place`."""
+    with place:
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                torch.cuda.current_blas_handle()  # which has a workspace then
 
 
 def _in_use(segments: Sequence[dict[str, Any]]) -> set[tuple[int, int]]:
@@ -62,3 +65,9 @@ def _in_use(segments: Sequence[dict[str, Any]]) -> set[tuple[int, int]]:
         for block in segment["blocks"]
         if block["state"] == "active_allocated"
     }
+
+
+@functools.cache
+def workspaces(device: torch.device) -> Workspaces:
+    """Those of a device: its side streams outlive whoever records on them."""
+    return Workspaces(device)

@@ -328,12 +328,31 @@ def test_long_sums_are_no_levels_of_their_own() -> None:
 
     def model(x: Tensor) -> Tensor:
         given = [layer(x).relu() for layer in before]
-        mixed = [path[0](given[0]) + path[1](given[1]) + path[2](given[2]) for path in paths]
+        parts = [[step(part) for step, part in zip(path, given, strict=True)] for path in paths]
+        mixed = [part[0] + part[1] + part[2] for part in parts]
         first, second, third = (layer(part.relu()) for layer, part in zip(after, mixed, strict=True))
         return first * second * third
 
     captured = capture(model, torch.randn(2, 4))
     assert captured.shape() == [3, 6, 3]
+    assert not captured.found.refusals
+    place = {node: number for number, node in enumerate(captured.gm.graph.nodes)}
+    for region in captured.found.regions:
+        starts = [place[branch.nodes[0]] for branch in region.branches]
+        assert starts == sorted(starts), "branches are in the order of the program"
+
+
+def test_what_two_sums_need_is_a_part_of_neither() -> None:
+    before, after = [nn.Linear(4, 4) for _ in range(4)], [nn.Linear(4, 4) for _ in range(2)]
+
+    def model(x: Tensor) -> Tensor:
+        left, both, right, last = (layer(x).relu() for layer in before)
+        sums = left + both + last, both + right + last
+        first, second = (layer(part).relu() for layer, part in zip(after, sums, strict=True))
+        return first * second
+
+    captured = capture(model, torch.randn(2, 4))
+    assert captured.shape() == [4, 2, 2]
     assert not captured.found.refusals
 
 
