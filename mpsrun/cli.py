@@ -42,6 +42,8 @@ Options before the script are mpsrun's; everything after it is the script's.
                                auto: on a GPU
   --trace FILE                 append what was sampled of the GPU and, with --lanes auto, every step and every
                                decision, as JSON lines
+  --channels-last auto|on|off  auto: try a captured plan whose convolutions, and what lies between them, have the
+                               channels last in memory; on: all plans that are captured without workers have
   --tune-convolutions          try a plan whose convolutions have the algorithms that are fastest beside each other;
                                takes seconds more at the start, and results may then differ by rounding
   --compile-branches           try a plan whose workers compile their branches with torch's Inductor, or with --lanes
@@ -153,6 +155,7 @@ def _refuse_without_effect(values: Mapping[str, Any]) -> None:
         ("--worker-share", values.get("worker_share") is not None, WORKER_LANES),
         ("--compile-branches", values.get("compile_branches", False), WORKER_LANES),
         ("--tune-convolutions", values.get("tune_convolutions", False), ("auto",)),
+        ("--channels-last on", values.get("channels_last") == "on", ("auto", "captured")),
         ("--adapt on", values.get("adapt") == "on", ("auto",)),
         ("--plan", values.get("plan") is not None, ("auto",)),
         ("--save-plan", values.get("save_plan") is not None, _LANES_WITH_PLANS),
@@ -306,6 +309,7 @@ _OPTIONS: dict[str, Callable[[str, str], Any] | None] = {
     "adapt": _choice(*get_args(Switch)),
     "trace": _path_of_a_file,
     "worker_share": _number(1, 100, "try 50"),
+    "channels_last": _choice(*get_args(Switch)),
     "tune_convolutions": None,
     "compile_branches": None,
     "json": None,

@@ -40,6 +40,7 @@ class Config:
     adapt: whether plans change when the load of the GPU does; auto: where there is a GPU. trace: file that takes what
     was sampled and decided.
     worker_share: the percentage of the GPU's multiprocessors that CUDA MPS lets each worker have, None for all.
+    channels_last: whether captured plans keep images so: auto tries one that does where convolutions use tensor cores.
     tune_convolutions: whether cuDNN may choose other algorithms than the script lets it.
     compile_branches: whether workers may have Inductor compile their branches.
     run_dir: the private directory of this run, None before the launcher made it and where there is no launcher.
@@ -63,6 +64,7 @@ class Config:
     adapt: Switch = "auto"
     trace: Path | None = None
     worker_share: int | None = None
+    channels_last: Switch = "auto"
     tune_convolutions: bool = False
     compile_branches: bool = False
     run_dir: Path | None = None

@@ -71,7 +71,11 @@ def _tell_without_effect(config: Config, reason: str) -> None:
         say(f"{reason}: nothing is captured, branches run in worker processes")
     elif config.lanes == "auto" and (config.explain or config.verbose or config.verify):  # else the lead says it
         say(f"{reason}: no plan pays on a CPU; --lanes workers tries lanes there")
-    for option, is_given in (("--adapt on", config.adapt == "on"), ("--tune-convolutions", config.tune_convolutions)):
+    for option, is_given in (
+        ("--adapt on", config.adapt == "on"),
+        ("--tune-convolutions", config.tune_convolutions),
+        ("--channels-last on", config.channels_last == "on" and config.lanes == "auto"),
+    ):
         if is_given:
             say(f"{option} has no effect: {reason}")
 

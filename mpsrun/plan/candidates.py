@@ -50,6 +50,7 @@ def candidates(
         replayed = _Planner(regions, (), costs.captured())
         wanted.append(_captured(replayed.candidate(CAPTURED, lambda _region, _busy: Declined("captured as it is"))))
         wanted += [forced_captured(regions, costs)] if means.streams else []
+        wanted += [channels_last(wanted[-1])] if means.turns else []
     optional = planner.worker_candidates()
     if means.streams:
         optional.append(planner.candidate("mixed", planner.fastest))
@@ -97,10 +98,11 @@ def _captured(candidate: Candidate) -> Candidate:
 def _with_shares(candidate: Candidate, regions: Sequence[Region], costs: Costs) -> Candidate | None:
     """The same with a share of the device for every lane of the regions where that may help; None where there is none.
 
-    Not of side streams whose ops are launched one by one, since their kernels hardly meet.
+    Not of side streams whose ops are launched one by one, since their kernels hardly meet; nor of every variation of a
+    plan.
     """
     plan, whole = candidate.plan, costs.captured()  # what a GPU has to do, whoever launches it
-    if plan.streams and not plan.captured:
+    if plan.channels_last or (plan.streams and not plan.captured):
         return None
     chosen = dict(plan.regions)
     for region in regions:
@@ -118,6 +120,11 @@ def _with_shares(candidate: Candidate, regions: Sequence[Region], costs: Costs) 
 def compiled(candidate: Candidate) -> Candidate:
     """The same with its workers' branches compiled; predicted as before, since what that changes is not known."""
     return replace(candidate, name=f"{candidate.name}, compiled", plan=replace(candidate.plan, compiled=True))
+
+
+def channels_last(candidate: Candidate) -> Candidate:
+    """The same with the channels of images last; predicted as before, since what that changes is not known."""
+    return replace(candidate, name=f"{candidate.name}, channels last", plan=replace(candidate.plan, channels_last=True))
 
 
 def _tuned(candidate: Candidate) -> Candidate:
@@ -263,14 +270,16 @@ def _lanes(choice: _Choice, region: Region) -> tuple[int, ...]:
 
 def _different(made: Sequence[Candidate]) -> list[Candidate]:
     """The first of those that put every branch on the same lane."""
-    seen: dict[tuple[bool, bool, tuple[tuple[int, _Choice], ...]], Candidate] = {}
+    seen: dict[tuple[object, ...], Candidate] = {}
     for candidate in made:
         assigned = sorted(
             (index, choice)
             for index, choice in candidate.plan.regions.items()
             if isinstance(choice, Assignment) and any(choice.lanes)
         )
-        seen.setdefault((candidate.plan.captured, candidate.plan.tuned and bool(assigned), tuple(assigned)), candidate)
+        plan = candidate.plan
+        key = plan.captured, plan.channels_last, plan.tuned and bool(assigned), tuple(assigned)
+        seen.setdefault(key, candidate)
     return list(seen.values())
 
 

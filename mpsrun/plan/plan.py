@@ -12,6 +12,7 @@ from mpsrun.plan.lanes import LEAD, WHOLE, is_stream, is_worker, lane_name, lane
 
 CAPTURED = "captured"  # the line of a plan whose graph is replayed
 TUNED = "convolutions tuned"  # and of one whose convolutions are tuned beside each other
+CHANNELS_LAST = "channels last"  # of one whose convolutions have theirs last in memory
 COMPILED = "branches compiled"  # and of one whose workers compile their branches
 
 
@@ -21,7 +22,7 @@ class Means:
 
     streams: the lead's device has side streams. captures: the graph can be captured; captures_workers: also with its
     regions on worker lanes. shares: lanes can have shares of the device. tunes: cuDNN may choose other algorithms.
-    compiles: workers may compile their branches.
+    compiles: workers may compile their branches. turns: there are convolutions whose channels may come last.
     """
 
     streams: bool = False
@@ -30,6 +31,7 @@ class Means:
     shares: bool = False
     tunes: bool = False
     compiles: bool = False
+    turns: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,17 +74,20 @@ class Plan:
     """What each region does, by region index; `str(plan)` is text that `Plan.parse` reads back.
 
     captured: whether the whole graph is replayed as a CUDA graph. tuned: whether cuDNN's algorithms are chosen while
-    the branches run beside each other. compiled: whether workers have Inductor compile their branches.
+    the branches run beside each other. compiled: whether workers have Inductor compile their branches. channels_last:
+    whether convolutions, and what they pass on, have the channels last in memory.
     """
 
     regions: Mapping[int, Assignment | Declined] = field(default_factory=dict)
     captured: bool = False
     tuned: bool = False
     compiled: bool = False
+    channels_last: bool = False
 
     def __str__(self) -> str:
         lines = [_line(index, choice) for index, choice in sorted(self.regions.items())]
-        about = [CAPTURED] * self.captured + [TUNED] * self.tuned + [COMPILED] * self.compiled
+        marks = {CAPTURED: self.captured, TUNED: self.tuned, COMPILED: self.compiled, CHANNELS_LAST: self.channels_last}
+        about = [mark for mark, is_set in marks.items() if is_set]
         return "".join(f"{line}\n" for line in about + lines)
 
     @classmethod
@@ -96,7 +101,7 @@ class Plan:
         found: dict[int, Assignment | Declined] = {}
         about = set[str]()
         for number, line in lines:
-            if line.strip() in (CAPTURED, TUNED, COMPILED):
+            if line.strip() in (CAPTURED, TUNED, COMPILED, CHANNELS_LAST):
                 about.add(line.strip())
             elif line.strip() and not line.lstrip().startswith("#"):
                 index, choice = _parse_line(line.strip(), f"{source}, line {number}")
@@ -106,7 +111,7 @@ class Plan:
                         "keep one of them"
                     )
                 found[index] = choice
-        return cls(found, CAPTURED in about, TUNED in about, COMPILED in about)
+        return cls(found, CAPTURED in about, TUNED in about, COMPILED in about, CHANNELS_LAST in about)
 
     @property
     def workers(self) -> frozenset[int]:
@@ -202,6 +207,7 @@ def _parse_line(line: str, place: str) -> tuple[int, Assignment | Declined]:
     if found is None or len(known) != len(lanes):
         raise UsageError(
             f"{place}: expected 'region 0: lead | worker 1 | stream 1 at 25%', 'region 0: declined, reason', "
-            f"'{CAPTURED}', '{TUNED}' or '{COMPILED}', found {line[:200]!r}; correct the line or delete it"
+            f"'{CAPTURED}', '{TUNED}', '{COMPILED}', '{CHANNELS_LAST}', found {line[:200]!r}; correct the line or "
+            "delete it"
         )
     return int(found["index"]), Assignment(tuple(lane for lane, _ in known), some_shares(share for _, share in known))

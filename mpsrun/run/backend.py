@@ -161,7 +161,13 @@ class Graph:
             mine = weakref.WeakMethod(self._rests)  # all summaries are kept
             self.summary.rests = lambda: (rests := mine()) is None or rests()
         self._maker = Maker(
-            self._gm, self._effects, self._regions, self._coordinator, self._planner.subject, self.summary
+            self._gm,
+            self._effects,
+            self._regions,
+            self._coordinator,
+            self._planner.subject,
+            self.summary,
+            lambda: self._planner.channels_last,
         )
         if config.current().verify:
             self._verification = Verification.of(self._gm, self._effects, self._kind)

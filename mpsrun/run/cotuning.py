@@ -74,12 +74,12 @@ def laned(regions: Sequence[Lowered], profiler: Profiler) -> list[Laned]:
     return found
 
 
-def whole(plain: PlainRun, args: Sequence[Any]) -> Callable[[], None]:
-    """Forward and backward of a whole graph on the arguments of a call, without a trace."""
+def whole(plain: PlainRun, args: Sequence[Any], run_graph: Callable[..., Any] | None = None) -> Callable[[], None]:
+    """Forward and backward of a whole graph on the arguments of a call, without a trace; `run_graph` in its place."""
 
     def run() -> None:
         values = plain.copy(args)
-        result, _ = plain.run(values, generators())
+        result = plain.run(values, generators())[0] if run_graph is None else run_graph(*values)
         ends = [end for end in result if isinstance(end, torch.Tensor) and end.requires_grad]
         wanted = [value for value in values if isinstance(value, torch.Tensor) and value.requires_grad]
         if ends and wanted:
@@ -149,7 +149,7 @@ def tuned(
     kind, deadline_s = device.type, time.monotonic() + LIMIT_S
     alone, together = Thread(kind), Thread(kind)
     try:
-        with undisturbed(kind), _choosing(), _apart(device):
+        with undisturbed(kind), choosing(by_time=True), _apart(device):
             for group in dict.fromkeys(branch.group for branch in branches):
                 siblings = [branch for branch in branches if branch.group == group]
                 if any(branch.has_convolutions for branch in siblings) and time.monotonic() < deadline_s:
@@ -244,10 +244,10 @@ def _apart(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _choosing() -> Iterator[None]:
-    """Have torch time the algorithms, whatever the script has set."""
+def choosing(by_time: bool) -> Iterator[None]:
+    """Have torch time the algorithms, or take what cuDNN recommends, whatever the script has set."""
     before = torch._C._get_cudnn_benchmark()
-    torch._C._set_cudnn_benchmark(True)
+    torch._C._set_cudnn_benchmark(by_time)
     try:
         yield
     finally:

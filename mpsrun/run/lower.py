@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from mpsrun.errors import NotShippable
+from mpsrun.graph.channels_last import ChannelsLast
 from mpsrun.graph.effects import Effects
 from mpsrun.graph.regions import Region
 from mpsrun.graph.state import State, applied, is_state_node
@@ -19,6 +20,7 @@ from mpsrun.plan.plan import Assignment
 from mpsrun.plan.shares import places_of
 from mpsrun.run import philox
 from mpsrun.run.forkjoin import fork, join
+from mpsrun.run.memory_format import in_format
 from mpsrun.run.specialize import Cut, Strand
 from mpsrun.run.streams import LaneValues, Places, Sides, open_sides
 
@@ -37,14 +39,14 @@ class Lowered:
 
 
 def lower(
-    gm: fx.GraphModule, effects: Effects, regions: Sequence[Lowered]
+    gm: fx.GraphModule, effects: Effects, regions: Sequence[Lowered], formats: ChannelsLast | None = None
 ) -> tuple[Callable[..., Any], Sequence[Strand]]:
     """A function like `gm.forward` that runs these regions on their lanes, and the strands as it forks into them.
 
-    Nodes keep the order of the program except where a region needs to be in one piece. Raises `NotShippable` where two
-    regions cannot both be in one piece.
+    Nodes keep the order of the program except where a region needs to be in one piece. formats: what has its channels
+    last, where anything has. Raises `NotShippable` where two regions cannot both be in one piece.
     """
-    emitter = _Emitter(effects, regions)
+    emitter = _Emitter(effects, regions, formats)
     graph = emitter.emit(gm.graph)
     lowered = fx.GraphModule(gm, graph)
     brackets = emitter.brackets
@@ -125,9 +127,10 @@ NOWHERE = _Open()
 
 
 class _Emitter:
-    def __init__(self, effects: Effects, regions: Sequence[Lowered]) -> None:
+    def __init__(self, effects: Effects, regions: Sequence[Lowered], formats: ChannelsLast | None) -> None:
         self.brackets = _Brackets()
         self._effects = effects
+        self._formats = formats
         self._regions = regions
         self._graph = fx.Graph()
         self._values: dict[fx.Node, fx.Node] = {}
@@ -251,7 +254,12 @@ class _Emitter:
         self._graph.call_function(_named("seek", philox.seek), (within.handle, within.random_total))
 
     def _copy(self, node: fx.Node) -> None:
-        self._values[node] = self._graph.node_copy(node, lambda source: self._values[source])
+        self._values[node] = self._graph.node_copy(node, lambda source: self._given(node, source))
+
+    def _given(self, node: fx.Node, source: fx.Node) -> fx.Node:
+        """The value of `source` as `node` is to get it; turned where `node` runs, so on its lane."""
+        value, wanted = self._values[source], self._formats.wanted(node, source) if self._formats is not None else None
+        return value if wanted is None else self._graph.call_function(in_format, (value, wanted))
 
     def _set_lane(self, lane: int, within: _Open) -> None:
         if lane != self._lane:

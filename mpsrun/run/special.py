@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,12 +13,14 @@ from torch import fx
 from mpsrun import config, log
 from mpsrun.device.shares import shares
 from mpsrun.errors import NotShippable
+from mpsrun.graph.channels_last import FLOATING, REDUCED, ChannelsLast, what_may
 from mpsrun.graph.effects import Effects
 from mpsrun.graph.regions import Region
 from mpsrun.plan import memory
 from mpsrun.plan.candidates import (
     Candidate,
     candidates,
+    channels_last,
     compiled,
     forced,
     forced_captured,
@@ -27,6 +30,7 @@ from mpsrun.plan.candidates import (
 from mpsrun.plan.cost import MACHINES, Costs
 from mpsrun.plan.plan import Means
 from mpsrun.run import plans, report
+from mpsrun.run import state as modes
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.cotuning import has_convolutions
 from mpsrun.run.observe import Observation
@@ -119,6 +123,21 @@ class Planner:
         return any(has_convolutions(branch) for region in self._regions for branch in region.branches)
 
     @property
+    def turns(self) -> bool:
+        """Whether a plan may have its channels last."""
+        return self.channels_last is not None
+
+    @functools.cached_property
+    def channels_last(self) -> ChannelsLast | None:
+        """What may have its channels last; None where nothing may: not asked for, or of no use."""
+        asked = config.current().channels_last
+        if asked == "on":
+            return what_may(self._gm, self._effects, FLOATING)
+        if self._kind != "cuda" or asked == "off" or _wants_same_bits() or not torch._C._get_cudnn_enabled():
+            return None
+        return what_may(self._gm, self._effects, REDUCED | ({torch.float32} if modes.convolves_in_tf32() else set()))
+
+    @property
     def compiles(self) -> bool:
         """Whether workers may compile their branches: the user lets them, and results may differ by rounding."""
         return config.current().compile_branches and not _wants_same_bits()
@@ -133,7 +152,7 @@ class Planner:
         """
         costs, workers = Costs(MACHINES[self._kind], branch_us or {}), list(workers)[: self._options.workers]
         if self._options.lanes == "captured" and self.captures:
-            return (forced_captured(self._regions, costs),)
+            return (self._maybe_channels_last(forced_captured(self._regions, costs)),)
         if self._options.lanes == "captured-workers" and self.captures:
             return (self._maybe_compiled(forced_captured_workers(self._regions, workers, costs)),)
         if self._options.lanes in ("streams", "captured"):
@@ -141,16 +160,23 @@ class Planner:
         if self._options.forced:
             return (self._maybe_compiled(forced(self._regions, workers, costs)),)
         means = self._means(captures)
-        return candidates(self._regions, [] if means.captures and not means.compiles else workers, costs, means)
+        workers = [] if means.captures and not means.compiles else workers
+        return tuple(map(self._maybe_channels_last, candidates(self._regions, workers, costs, means)))
 
     def _means(self, captures: bool = True) -> Means:
         captures = captures and self.captures
         # Random numbers of branches are not captured: it would be the uncaptured plan once more.
         with_workers = captures and not any(self._draws(region) for region in self._regions)
-        return Means(self.has_streams, captures, with_workers, self.has_shares, self.tunes, self.compiles)
+        return Means(self.has_streams, captures, with_workers, self.has_shares, self.tunes, self.compiles, self.turns)
 
     def _maybe_compiled(self, candidate: Candidate) -> Candidate:
         return compiled(candidate) if self.compiles and candidate.plan.workers else candidate
+
+    def _maybe_channels_last(self, candidate: Candidate) -> Candidate:
+        """The same, with its channels last if that is asked for."""
+        if config.current().channels_last != "on" or not self.turns or candidate.plan.channels_last:
+            return candidate
+        return channels_last(candidate) if candidate.plan.captured and not candidate.plan.workers else candidate
 
     def _draws(self, region: Region) -> bool:
         facts = self._effects.facts

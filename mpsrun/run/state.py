@@ -45,6 +45,11 @@ def transformed(*tensors: torch.Tensor | None) -> bool:
     return any(tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors)
 
 
+def convolves_in_tf32() -> bool:
+    """Whether cuDNN may compute a convolution of float32 on tensor cores."""
+    return str(torch._C._get_fp32_precision_getter("cuda", "conv")) == "tf32"
+
+
 def flags() -> Flags:
     """The global settings that change what a kernel computes; as a rule the same object where they are the same."""
     return _flags(tuple([read() for read in _READS]))

@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from mpsrun import log
-from mpsrun.errors import NotShippable
+from mpsrun.errors import NotShippable, in_a_line
+from mpsrun.graph.channels_last import ChannelsLast
 from mpsrun.graph.effects import Effects
 from mpsrun.graph.regions import Region
 from mpsrun.plan import memory
@@ -23,7 +24,7 @@ from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.crossing import Crossing
 from mpsrun.run.lower import Lowered, lower
 from mpsrun.run.observe import Observation
-from mpsrun.run.profile import Profiler
+from mpsrun.run.profile import Profiler, undisturbed
 from mpsrun.run.recorder import Recorder, recorder
 from mpsrun.run.relay_recorder import RelayRecorder
 from mpsrun.run.specialize import Cutter, Strand
@@ -101,9 +102,10 @@ class Maker:
         coordinator: Coordinator | None,
         subject: Subject,
         summary: report.Graph,
+        formats: Callable[[], ChannelsLast | None],
     ) -> None:
         self._gm, self._effects, self._regions = gm, effects, regions
-        self._subject, self._summary = subject, summary
+        self._subject, self._summary, self._formats = subject, summary, formats
         self._cutter = Cutter(coordinator, effects, list(gm.graph.output_node().all_input_nodes))
         self._position: Mapping[fx.Node, int] = {
             node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))
@@ -114,7 +116,8 @@ class Maker:
 
         Regions that cannot be cut or lowered stay in the lead, with the reason in the report.
         """
-        regions, run, strands = self._lower(self._cut_all(plan, seen))
+        formats = self._formats() if plan.channels_last else None
+        regions, run, strands = self._lower(self._cut_all(plan, seen), formats)
         if plan.compiled:
             self._note_uncompiled(strands)
         places = [[self._position.get(node) for node in strand.args] for strand in strands]
@@ -124,6 +127,8 @@ class Maker:
         except NotShippable as error:
             self._summary.note(str(error))
             regions, run, strands, places = [], self._gm.forward, [], []
+        if formats is not None and torch._C._get_cudnn_benchmark():
+            self._take_recommended(run, args)
         reports = [self._summary.accept(r.region, r.assignment, r.cut.jobs) for r in regions]
         binding = Binding(strands, self._position)
         captured = plan.captured and not self._draws(strands)
@@ -154,6 +159,18 @@ class Maker:
             log.say(f"convolutions keep the algorithms that are fastest alone: {error}")
             return plainly
         return cotuning.tuned(plainly, device, branches, cotuning.whole(self._subject.plain, args), most_bytes)
+
+    def _take_recommended(self, run: Callable[..., Any], args: Sequence[Any]) -> None:
+        """Have a graph meet its convolutions once, and torch keep the algorithms that cuDNN recommends for them.
+
+        To time all of them once more for channels that come last would take as long as a script's first step.
+        """
+        kind = self._subject.kind
+        try:
+            with undisturbed(kind), cotuning.choosing(by_time=False), torch.autograd.set_multithreading_enabled(False):
+                cotuning.whole(self._subject.plain, args, run)()
+        except RuntimeError as error:  # torch times them then
+            log.detail(f"convolutions were not met in advance: {in_a_line(error)}")
 
     def _draws(self, strands: Sequence[Strand]) -> bool:
         """Whether a region on worker lanes draws random numbers: each call has others, and a recording constants."""
@@ -200,10 +217,12 @@ class Maker:
             self._summary.refuse(str(error), region.where)
             return None
 
-    def _lower(self, regions: list[Lowered]) -> tuple[list[Lowered], Callable[..., Any], list[Strand]]:
-        while regions:
+    def _lower(
+        self, regions: list[Lowered], formats: ChannelsLast | None
+    ) -> tuple[list[Lowered], Callable[..., Any], list[Strand]]:
+        while regions or formats is not None:
             try:
-                run, strands = lower(self._gm, self._effects, regions)
+                run, strands = lower(self._gm, self._effects, regions, formats)
                 return regions, run, [*strands]
             except NotShippable as error:
                 self._summary.refuse(str(error), regions[-1].region.where)

@@ -26,6 +26,8 @@ def test_options_before_the_script_are_ours() -> None:
 def test_shares_and_convolutions() -> None:
     config, _ = parse(["--worker-share", "40", "--tune-convolutions", "t.py"])
     assert config == Config(worker_share=40, tune_convolutions=True)
+    config, _ = parse(["--channels-last", "off", "t.py"])
+    assert config == Config(channels_last="off")
     config, _ = parse(["--lanes", "workers", "--compile-branches", "t.py"])
     assert config == Config(lanes="workers", compile_branches=True)
 
@@ -68,6 +70,8 @@ WRONG = [
     (["--worker-share", "50", "--mps", "off", "t.py"], "CUDA MPS for --worker-share, found --mps off"),
     (["--worker-share", "50", "--lanes", "streams", "t.py"], "for --worker-share, found --lanes streams"),
     (["--tune-convolutions", "--lanes", "workers", "t.py"], "--lanes auto for --tune-convolutions"),
+    (["--channels-last", "on", "--lanes", "streams", "t.py"], "--lanes auto or captured for --channels-last on"),
+    (["--channels-last", "yes", "t.py"], "auto|on|off"),
     (["--adapt", "on", "--lanes", "serial", "t.py"], "--lanes auto for --adapt on"),
     (["--tune-convolutions=1", "t.py"], "--tune-convolutions alone"),
     (["--compile-branches", "--lanes", "streams", "t.py"], "for --compile-branches, found --lanes streams"),

@@ -166,8 +166,11 @@ def test_a_log_in_the_run_directory_goes_with_it(tmp_path: Path) -> None:
         ),
         (Config(verbose=True), ["no GPU: no plan pays on a CPU; --lanes workers tries lanes there"]),
         (
-            Config(adapt="on", tune_convolutions=True),
-            ["--adapt on has no effect: no GPU", "--tune-convolutions has no effect: no GPU"],
+            Config(adapt="on", tune_convolutions=True, channels_last="on"),
+            [
+                f"{option} has no effect: no GPU"
+                for option in ("--adapt on", "--tune-convolutions", "--channels-last on")
+            ],
         ),
     ],
 )

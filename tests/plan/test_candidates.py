@@ -105,6 +105,20 @@ def test_the_sixth_candidate_is_the_one_with_shares() -> None:
     assert len(names) == MAX_CANDIDATES
 
 
+@pytest.mark.parametrize("streams", [True, False])
+def test_channels_come_last_in_a_captured_plan(streams: bool) -> None:
+    towers = [region(100, 100, 100, 100)]
+    means = Means(streams, captures=True, shares=True, tunes=True, turns=True)
+    name = "captured streams" if streams else "captured"
+    for workers in ([], [1, 2, 3]):
+        found = by_name(candidates(towers, workers, COSTS, means))
+        usual, last = found[name], found[f"{name}, channels last"]
+        assert len(found) <= MAX_CANDIDATES
+        assert last == replace(usual, name=last.name, plan=replace(usual.plan, channels_last=True))
+        assert [c for c in found.values() if c.plan.channels_last] == [last]
+    assert not any(c.plan.channels_last for c in candidates(towers, [1], COSTS, Means(streams, turns=True)))
+
+
 def test_convolutions_are_tuned_where_cudnn_may_choose() -> None:
     towers = [region(100, 100, 100, 100)]
     found = by_name(candidates(towers, [1, 2, 3], COSTS, Means(True, captures=True, shares=True, tunes=True)))
@@ -260,18 +274,18 @@ def graphs(draw: st.DrawFn) -> list[Region]:
 
 
 @PATIENT
-@given(graphs(), st.integers(0, 4), st.booleans(), st.booleans(), st.booleans())
+@given(graphs(), st.integers(0, 4), st.booleans(), st.booleans(), st.booleans(), st.booleans())
 def test_candidates_of_any_graph(
-    regions: list[Region], worker_count: int, streams: bool, captures: bool, shares: bool
+    regions: list[Region], worker_count: int, streams: bool, captures: bool, shares: bool, turns: bool
 ) -> None:
-    means = Means(streams, captures, captures_workers=captures, shares=shares)
+    means = Means(streams, captures, captures_workers=captures, shares=shares, turns=turns)
     found = candidates(regions, range(1, worker_count + 1), COSTS, means)
     plans = [candidate.plan for candidate in found]
     assert [plan.is_serial for plan in plans].count(True) == 1
     assert len(found) <= MAX_CANDIDATES
     assert found == tuple(sorted(found, key=lambda candidate: candidate.predicted_us))
     for one, other in itertools.combinations(plans, 2):
-        assert (one.captured, one.has_shares, lanes_of(one)) != (other.captured, other.has_shares, lanes_of(other))
+        assert kind_of(one) != kind_of(other)
     assert any(plan.captured for plan in plans) == captures
     for plan in plans:
         assert fits(plan, regions, worker_count, means) is None
@@ -284,6 +298,10 @@ def test_candidates_of_any_graph(
 def shares_of(choice: Assignment | Declined) -> dict[int, int]:
     """By lane with a share, how large it is."""
     return {lane: share for lane, (_, share) in places_of(choice).items()} if isinstance(choice, Assignment) else {}
+
+
+def kind_of(plan: Plan) -> tuple[object, ...]:
+    return plan.captured, plan.channels_last, plan.has_shares, lanes_of(plan)
 
 
 def lanes_of(plan: Plan) -> dict[int, tuple[int, ...]]:

@@ -12,7 +12,7 @@ from mpsrun.errors import UsageError
 from mpsrun.plan.plan import Assignment, Declined, Means, Plan
 from mpsrun.plan.planfile import GraphPlan, PlanFile, fits
 
-ALL = Means(True, True, True, True, True, True)
+ALL = Means(True, True, True, True, True, True, True)
 
 TEXT = """# mpsrun plan 1
 
@@ -113,6 +113,16 @@ def test_tuning_needs_a_recording_and_leave_to_choose() -> None:
     plan = Plan({0: Assignment((0, -1))}, captured=True, tuned=True)
     assert fits(plan, [region(1, 1)], 0, ALL) is None
     assert "--tune-convolutions" in (fits(plan, [region(1, 1)], 0, replace(ALL, tunes=False)) or "")
+    assert "without workers" in (fits(replace(plan, regions={0: Assignment((0, 1))}), [region(1, 1)], 1, ALL) or "")
+    assert "must be captured" in (fits(replace(plan, captured=False), [region(1, 1)], 0, ALL) or "")
+
+
+def test_channels_last_need_a_recording_and_convolutions() -> None:
+    plan = Plan({0: Assignment((0, -1))}, captured=True, channels_last=True)
+    assert str(plan) == "captured\nchannels last\nregion 0: lead | stream 1\n"
+    assert Plan.parse(str(plan)) == plan
+    assert fits(plan, [region(1, 1)], 0, ALL) is None
+    assert "have convolutions" in (fits(plan, [region(1, 1)], 0, replace(ALL, turns=False)) or "")
     assert "without workers" in (fits(replace(plan, regions={0: Assignment((0, 1))}), [region(1, 1)], 1, ALL) or "")
     assert "must be captured" in (fits(replace(plan, captured=False), [region(1, 1)], 0, ALL) or "")
 
