@@ -265,9 +265,9 @@ def test_on_means_every_captured_plan_in_the_lead(monkeypatch: pytest.MonkeyPatc
     assert planner._maybe_channels_last(serial) is serial
 
 
-@pytest.mark.parametrize("benchmark", [False, True])
+@pytest.mark.parametrize("timed", [False, True])
 def test_algorithms_are_those_that_cudnn_recommends(
-    benchmark: bool, made: list[Captured], monkeypatch: pytest.MonkeyPatch
+    timed: bool, made: list[Captured], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To time all of them once more would take too long: the graph meets its convolutions once without."""
     seen: list[bool] = []
@@ -278,12 +278,12 @@ def test_algorithms_are_those_that_cudnn_recommends(
         return turn(value, wanted)
 
     monkeypatch.setattr(lower, "in_format", noted_turn)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", benchmark)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", timed)
     assert_same_as_plain(lambda: Fork(BODIES["convolutions"]), made)
-    assert torch.backends.cudnn.benchmark is benchmark
-    first = seen.index(benchmark)
-    assert (first > 0) is benchmark
-    assert set(seen[first:]) == {benchmark}
+    assert torch.backends.cudnn.benchmark is timed
+    first = seen.index(timed)
+    assert (first > 0) is timed
+    assert set(seen[first:]) == {timed}
 
 
 def test_no_memory_to_meet_convolutions_in_advance(made: list[Captured], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,15 +61,15 @@ class Wide(nn.Module):
         return torch.stack([branch(x) for branch in self.branches]).sum(0)
 
 
-@pytest.mark.parametrize("benchmark", [False, True])
+@pytest.mark.parametrize("timed", [False, True])
 def test_a_network_that_gains_by_it(
-    daemon: None, benchmark: bool, made: list[Captured], monkeypatch: pytest.MonkeyPatch
+    daemon: None, timed: bool, made: list[Captured], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is among the plans that are tried, and whichever is chosen agrees with plain PyTorch."""
     settings = dataclasses.replace(config.current(), channels_last="auto")
     monkeypatch.setattr(config, "current", lambda: settings)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", benchmark)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", timed)
     turned: list[torch.memory_format] = []
     turn = lower.in_format
     monkeypatch.setattr(lower, "in_format", lambda value, wanted: (turned.append(wanted), turn(value, wanted))[1])
