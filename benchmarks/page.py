@@ -22,16 +22,17 @@ the fastest engine of a row is bold. All engines of a row took turns in one proc
 
 `compile` and `reduce-overhead` are `torch.compile` in these modes, `cuda graph` is `make_graphed_callables`, with the
 code of `torch.compile` in it as `compile in graph`, and with branches put on streams by hand (`benchmarks/by_hand.py`)
-as `streams in graph`. `mpsrun auto` is mpsrun's own choice; its other columns force one kind of lane.
+as `streams in graph`. `mpsrun auto` is mpsrun's own choice; its other columns force one kind of lane, without channels
+last, which a script could also ask for by itself: then all engines would have them.
 """
 
 BOUND = """\
 The bound is what a step takes at least with the kernels of plain PyTorch, each timed alone, however its branches run:
 the longer of the critical path (the longest branch of every region, and all that lies outside of regions) and of the
 time with every multiprocessor full (each kernel's time, times the part of the GPU that its blocks fill). Copies,
-launches, and what branches take from each other in DRAM and L2 are left out. A compiler that makes other kernels may
-go below it. It does not depend on mpsrun: a row that was measured again keeps the bound that was found before on a GPU
-of the same kind.
+launches, and what branches take from each other in DRAM and L2 are left out. Other kernels, as a compiler makes them or
+a plan with channels last takes them, may go below it. It does not depend on mpsrun: a row that was measured again keeps
+the bound that was found before on a GPU of the same kind.
 
 Speed-ups of `auto` are those over eager, over the fastest of everything else in the table, and over the fastest of
 what needs no handwork. Regret is what the plan that `auto` chose loses against the best lane, forced. Where it is the

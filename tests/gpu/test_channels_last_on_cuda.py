@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,10 +63,9 @@ class Wide(nn.Module):
 
 
 @pytest.mark.parametrize("timed", [False, True])
-def test_a_network_that_gains_by_it(
-    daemon: None, timed: bool, made: list[Captured], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_network_that_gains_by_it(daemon: None, timed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is among the plans that are tried, and whichever is chosen agrees with plain PyTorch."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no plan is known
     settings = dataclasses.replace(config.current(), channels_last="auto")
     monkeypatch.setattr(config, "current", lambda: settings)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
