@@ -149,8 +149,10 @@ def parse(words: Sequence[str]) -> tuple[Config, Target]:
 
 
 def _refuse_without_effect(values: Mapping[str, Any]) -> None:
-    """Raise UsageError for options that the lanes asked for leave nothing to do."""
+    """Raise UsageError for options that the lanes asked for, or one another, leave nothing to do."""
     lanes = values.get("lanes", "auto")
+    if values.get("tune_convolutions") and values.get("channels_last") == "on":
+        raise UsageError("expected --tune-convolutions or --channels-last on, found both; leave one of the two out")
     for name, is_given, useful in (
         ("--worker-share", values.get("worker_share") is not None, WORKER_LANES),
         ("--compile-branches", values.get("compile_branches", False), WORKER_LANES),

@@ -56,19 +56,38 @@ class Fork(nn.Module):
 
 
 def assert_same_as_plain(
-    make: Callable[[], nn.Module], made: Sequence[Captured], steps: int = 4, device: str = "cpu"
+    make: Callable[[], nn.Module],
+    made: Sequence[Captured],
+    steps: int = 4,
+    device: str = "cpu",
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> None:
-    """Outputs, gradients, statistics, random state and all strides."""
+    """Outputs, gradients, statistics, random state and all strides; memory_format: of weights and inputs."""
     torch.manual_seed(0)
-    plain = trained(make().to(device, torch.float64))
+    plain = trained(make().to(device, torch.float64, memory_format=memory_format))  # type: ignore[call-overload]
     fast = trained(on_captured(copy.deepcopy(plain.model)))
     for step in range(steps):
-        given = (torch.randn(2, 3, 6, 6, dtype=torch.float64).to(device),)
+        given = (torch.randn(2, 3, 6, 6, dtype=torch.float64).to(device, memory_format=memory_format),)
         assert_same(fast.step(given, step), plain.step(given, step), f"step {step}", TOLERANCE)
     assert [graph.replays for graph in made] == [steps - 2]
 
 
+def without_gradients(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    with torch.no_grad():
+        return function(*args)
+
+
 BODIES: dict[str, Body] = {
+    "read before and after a write": lambda net, x: (
+        (y := net.convolutions[0](x)).cumsum(1) * (y.relu_(), y.cumsum(1))[-1]
+    ),
+    "read without gradients first": lambda net, x: (
+        without_gradients(net.convolutions[0], x) + net.convolutions[0](x) + without_gradients(torch.cumsum, x, 1)
+    ),
+    "a sum of views": lambda net, x: sum(net.convolutions[0](x)[:, i : i + 1].cumsum(2) for i in range(4)),
+    "one channel": lambda net, x: F.dropout(
+        net.convolutions[1](net.convolutions[0](x)[:, :1].expand(-1, 4, -1, -1)), 0.0
+    ),
     "convolutions": lambda net, x: net.convolutions[1](F.relu(net.convolutions[0](x))),
     "flat": lambda net, x: net.convolutions[0](x).flatten(1),
     "seen as rows": lambda net, x: net.convolutions[0](x).reshape(2, 2, -1).softmax(-1),

@@ -1,6 +1,6 @@
 """Captured plans whose convolutions have the channels last: what has them, and that nobody can tell."""
 
-import dataclasses
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from captures import assert_transparent, noted, on_captured
 from images import BODIES, OF_THREE, Body, Fork, Programme, ask_for_channels_last, assert_same_as_plain
+from networks import Three
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -16,9 +17,10 @@ from mpsrun.config import Config
 from mpsrun.graph import channels_last, ops
 from mpsrun.graph.channels_last import FLOATING, REDUCED, what_may
 from mpsrun.graph.effects import analyze
-from mpsrun.plan.candidates import SERIAL
+from mpsrun.graph.regions import find_regions
 from mpsrun.run import cotuning, lower, memory_format, report, special
 from mpsrun.run.captured import Captured
+from mpsrun.run.options import Options
 
 LAST, USUAL = torch.channels_last, torch.contiguous_format
 
@@ -115,6 +117,74 @@ def test_programmes_drawn_by_chance(seed: int, made: list[Captured]) -> None:
     assert_same_as_plain(lambda: Programme(seed), made, steps=3)
 
 
+ENDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "dropout": F.dropout,
+    "rows": lambda y: y.permute(0, 2, 3, 1).reshape(2, -1),
+    "view": lambda y: y.permute(0, 2, 3, 1).view(2, -1),
+    "strides": lambda y: y.as_strided((2, 4), y.stride()[:2]),
+    "itself": lambda y: y,
+    "one pixel": lambda y: F.adaptive_avg_pool2d(y, 1),
+}
+
+
+class NarrowThenWide(nn.Module):
+    """Images of one channel have both orders at once, and so have those of one pixel."""
+
+    def __init__(self, end: Callable[[Tensor], Tensor], pixels: int) -> None:
+        super().__init__()
+        self.end, self.pixels = end, pixels
+        self.left, self.right = nn.Conv2d(3, 1, 1), nn.Conv2d(3, 1, 1)
+        self.wide, self.other = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(1, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.pixels == 1:
+            x = F.adaptive_avg_pool2d(x, 1)
+        left, right = self.left(x), self.right(x)
+        return left * 0.01, right * 0.01, self.end(self.wide(left) + self.other(right)) * 0.01
+
+
+@pytest.mark.parametrize("memory_format", [LAST, USUAL])
+@pytest.mark.parametrize("pixels", [1, 36])
+@pytest.mark.parametrize("end", ENDS)
+def test_images_of_one_channel_or_pixel(
+    end: str, pixels: int, memory_format: torch.memory_format, made: list[Captured]
+) -> None:
+    """Whatever order a script has itself."""
+    if end == "view" and memory_format is USUAL and pixels > 1:
+        pytest.skip("not in plain PyTorch either")
+    make = lambda: NarrowThenWide(ENDS[end], pixels)  # noqa: E731
+    assert_same_as_plain(make, made, memory_format=memory_format)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_batch_of_gradients(kernel: int, made: list[Captured]) -> None:
+    """Which has a vmap of its own."""
+    torch.manual_seed(0)
+    plain = Fork(BODIES["residual"], kernel).double()
+    fast = on_captured(copy.deepcopy(plain))
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+    for _ in range(3):
+        found = []
+        for model in (plain, fast):
+            y = model(x)
+            batch = torch.arange(3.0, dtype=torch.float64).view(3, 1, 1, 1, 1).expand(3, *y.shape)
+            wanted = (x, *model.parameters())
+            found.append(torch.autograd.grad(y, wanted, batch, is_grads_batched=True))
+        torch.testing.assert_close(found[1], found[0])
+    assert made
+
+
+def test_several_readers_share_a_copy(made: list[Captured], turned: list[torch.memory_format]) -> None:
+    def body(net: Any, x: Tensor) -> Tensor:
+        y = x.exp()
+        return sum((net.convolutions[i % 2](y) for i in range(5)), y).cumsum(1) * y.cumsum(2)
+
+    assert_same_as_plain(lambda: Fork(body), made, steps=3)
+    calls, branches = 2, 2
+    # x, the stem's weight; on each branch y, two weights
+    assert turned.count(LAST) == calls * (2 + branches * 3)
+
+
 def write_half(net: Any, x: Tensor) -> Tensor:
     y = net.other(net.conv(x))
     y[:, 0] = 0
@@ -135,10 +205,14 @@ def look_at_what_is_written(net: Any, x: Tensor) -> Tensor:
     return net.other(y).flatten(1) + rows
 
 
-@pytest.mark.parametrize("body", [write_half, write_a_view, look_at_what_is_written])
-def test_an_op_that_would_write_a_copy(body: Body) -> None:
-    """Whoever shares the memory would not see it."""
-    assert last_in(Plain(body), torch.randn(2, 3, 5, 5)) is None
+@pytest.mark.parametrize(
+    ("body", "left"),
+    [(write_half, ["conv2d"]), (write_a_view, ["conv2d"]), (look_at_what_is_written, ["conv2d"])],
+)
+def test_an_op_that_would_write_a_copy(body: Body, left: list[str]) -> None:
+    """Whoever shares the memory would not see it: it keeps its order, and the other convolution's result does not."""
+    assert last_in(Plain(body), torch.randn(2, 3, 5, 5)) == left
+    assert last_in(Plain(lambda net, x: body(net, x).sum()), torch.randn(2, 3, 5, 5)) == left
 
 
 def test_what_has_its_channels_last() -> None:
@@ -240,7 +314,7 @@ def planner_of(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> special.Plan
     monkeypatch.setattr(special.config, "current", lambda: Config(**settings))
     gm = graph_of(Plain(lambda net, x: net.conv(x)), torch.randn(2, 3, 5, 5))
     planner = object.__new__(special.Planner)
-    planner._gm, planner._effects, planner._kind = gm, analyze(gm), "cuda"
+    planner._gm, planner._effects, planner._kind, planner._formats = gm, analyze(gm), "cuda", {}
     return planner
 
 
@@ -248,21 +322,30 @@ def test_who_may_have_the_channels_last(monkeypatch: pytest.MonkeyPatch) -> None
     cudnn = torch.backends.cudnn
     assert planner_of(monkeypatch).turns
     assert not planner_of(monkeypatch, channels_last="off").turns
+    planner = planner_of(monkeypatch)
     for name, value in (("allow_tf32", False), ("deterministic", True), ("enabled", False)):
         with monkeypatch.context() as patch:
             patch.setattr(cudnn, name, value)
-            assert not planner_of(monkeypatch).turns, name
+            assert not planner.turns, name
+        assert planner.turns
     on_cpu = planner_of(monkeypatch)
     on_cpu._kind = "cpu"
     assert not on_cpu.turns
 
 
-def test_on_means_every_captured_plan_in_the_lead(monkeypatch: pytest.MonkeyPatch) -> None:
-    planner = planner_of(monkeypatch, channels_last="on")
-    captured = special.forced_captured([], special.Costs(special.MACHINES["cuda"]))
-    assert planner._maybe_channels_last(captured).plan.channels_last
-    serial = dataclasses.replace(captured, name=SERIAL, plan=dataclasses.replace(captured.plan, captured=False))
-    assert planner._maybe_channels_last(serial) is serial
+@pytest.mark.parametrize("asked", ["auto", "on", "off"])
+def test_which_captured_plans_have_the_channels_last(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(special.config, "current", lambda: Config(channels_last=asked, worker_share=50))  # type: ignore[arg-type]
+    gm = graph_of(Fork(BODIES["convolutions"]), torch.randn(2, 3, 6, 6))
+    effects = analyze(gm)
+    regions = find_regions(gm, effects).regions
+    planner = special.Planner(gm, effects, regions, "cuda", Options("auto", None), report.Graph())
+    planner.subject.refusal = None  # its tensors are on the CPU
+    plans = [candidate.plan for candidate in planner.candidates([])]
+    assert len({str(plan) for plan in plans}) == len(plans)
+    captured = [plan.channels_last for plan in plans if plan.captured]
+    assert sorted(captured) == {"auto": [False, False, True], "on": [True, True], "off": [False, False]}[asked]
+    assert not any(plan.channels_last for plan in plans if not plan.captured)
 
 
 @pytest.mark.parametrize("timed", [False, True])
@@ -286,13 +369,25 @@ def test_algorithms_are_those_that_cudnn_recommends(
     assert set(seen[first:]) == {timed}
 
 
-def test_no_memory_to_meet_convolutions_in_advance(made: list[Captured], monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_args: object) -> Callable[[], None]:
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("planted"), ValueError("planted")])
+def test_convolutions_that_cannot_be_met_in_advance(
+    error: Exception, made: list[Captured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_args: object) -> Callable[[], None]:
         def run() -> None:
-            raise torch.OutOfMemoryError("planted")
+            raise error
 
         return run
 
-    monkeypatch.setattr(cotuning, "whole", full)
+    monkeypatch.setattr(cotuning, "whole", failing)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     assert_same_as_plain(lambda: Fork(BODIES["flat"]), made)
+
+
+def test_a_note_where_nothing_may(made: list[Captured]) -> None:
+    model = on_captured(Three(8).double())
+    for _ in range(3):
+        model(torch.randn(5, 6, dtype=torch.float64)).sum().backward()
+    (graph,) = report.graphs
+    assert [text for text in graph.refusals if "channels last" in text]
+    assert [graph.replays for graph in made] == [1]

@@ -56,19 +56,32 @@ class ChannelsLast:
 
 
 def what_may(gm: fx.GraphModule, effects: Effects, dtypes: Collection[torch.dtype]) -> ChannelsLast | None:
-    """What may have its channels last; None where there is nothing, or where an op would write a copy by that.
+    """What may have its channels last; None where there is nothing.
 
-    dtypes: in which a convolution gains by it.
+    dtypes: in which a convolution gains by it. Memory of which an op would write a copy, or look into one that others
+    write, keeps its order.
     """
+    kept: frozenset[int] = frozenset()
+    while True:
+        found = _all_but(gm, effects, dtypes, kept)
+        seen = _seen_in_a_copy(found, effects)
+        if not seen:
+            return found if found.values else None
+        kept |= seen
+
+
+def _all_but(
+    gm: fx.GraphModule, effects: Effects, dtypes: Collection[torch.dtype], kept: frozenset[int]
+) -> ChannelsLast:
+    """What would have its channels last if only values in this memory must not."""
     takes: dict[fx.Node, frozenset[fx.Node]] = {}
     values = set[fx.Node]()
     for node in gm.graph.nodes:
         taken = _taken(node, values, effects, dtypes)
-        if taken is not None:
+        if taken is not None and not effects.facts[node].outputs & kept:
             takes[node] = taken
             values.add(node)
-    found = ChannelsLast(frozenset(values), takes)
-    return found if values and not _writes_a_copy(found, effects) else None
+    return ChannelsLast(frozenset(values), takes)
 
 
 def _taken(
@@ -98,13 +111,13 @@ def _of_convolution(node: fx.Node) -> frozenset[fx.Node] | None:
     return frozenset(sources) if len(sources) == 2 else None
 
 
-def _writes_a_copy(found: ChannelsLast, effects: Effects) -> bool:
-    """Whether an op that gets a copy in plain order writes it, or looks into it for others to see what is written."""
+def _seen_in_a_copy(found: ChannelsLast, effects: Effects) -> frozenset[int]:
+    """The memory of which an op that gets a copy in plain order writes that, or hands out what others write."""
     facts = effects.facts
     turned = frozenset[int]().union(*(facts[node].outputs for node in found.values))
     written = frozenset[int]().union(*(fact.writes for fact in facts.values())) & turned
     others = (fact for node, fact in facts.items() if node not in found.takes)
-    return any(fact.writes & turned or fact.outputs & written for fact in others)
+    return frozenset[int]().union(*((fact.writes & turned) | (fact.outputs & written) for fact in others))
 
 
 def _is_images(value: object) -> bool:
@@ -112,8 +125,10 @@ def _is_images(value: object) -> bool:
 
 
 def _is_plain_images(value: object) -> TypeGuard[torch.Tensor]:
-    """Images in the order that PyTorch gives them by itself."""
-    return isinstance(value, torch.Tensor) and value.dim() == 4 and value.is_contiguous()
+    """Images in the order that PyTorch gives them by itself; of one channel or pixel other strides would do, too."""
+    if not isinstance(value, torch.Tensor) or value.dim() != 4:
+        return False
+    return value.stride() == torch.empty_like(value, memory_format=torch.contiguous_format).stride()
 
 
 def _is_as_large(effects: Effects, source: fx.Node, node: fx.Node) -> bool:

@@ -38,8 +38,9 @@ def candidates(
     """At most `MAX_CANDIDATES` plans that differ, the best predicted first; one more where branches are compiled.
 
     regions: all of a graph, parents before children. worker_ids: the lanes of the workers that may be used. Always in:
-    serial; side streams, if the device has them, or both captured, if that can be; the plan that hands every region to
-    all workers that is not hopeless. Compiled is the plan of workers that is predicted to be the fastest.
+    serial; side streams, if the device has them, or both captured, if that can be, the latter also with channels last;
+    the plan that hands every region to all workers that is not hopeless. Compiled is the plan of workers that is
+    predicted to be the fastest.
     """
     planner = _Planner(regions, worker_ids, costs)
     wanted = [planner.candidate(SERIAL, lambda _region, _busy: Declined("serial"))]
@@ -50,7 +51,7 @@ def candidates(
         replayed = _Planner(regions, (), costs.captured())
         wanted.append(_captured(replayed.candidate(CAPTURED, lambda _region, _busy: Declined("captured as it is"))))
         wanted += [forced_captured(regions, costs)] if means.streams else []
-        wanted += [channels_last(wanted[-1])] if means.turns else []
+        wanted += [with_channels_last(wanted[-1])] if means.turns else []
     optional = planner.worker_candidates()
     if means.streams:
         optional.append(planner.candidate("mixed", planner.fastest))
@@ -122,7 +123,7 @@ def compiled(candidate: Candidate) -> Candidate:
     return replace(candidate, name=f"{candidate.name}, compiled", plan=replace(candidate.plan, compiled=True))
 
 
-def channels_last(candidate: Candidate) -> Candidate:
+def with_channels_last(candidate: Candidate) -> Candidate:
     """The same with the channels of images last; predicted as before, since what that changes is not known."""
     return replace(candidate, name=f"{candidate.name}, channels last", plan=replace(candidate.plan, channels_last=True))
 

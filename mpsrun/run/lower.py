@@ -134,6 +134,7 @@ class _Emitter:
         self._regions = regions
         self._graph = fx.Graph()
         self._values: dict[fx.Node, fx.Node] = {}
+        self._turned: dict[tuple[object, ...], tuple[fx.Node, fx.Node]] = {}  # with what they were made of
         self._state: State | None = None
         self._lane = 0
         self._handles: list[fx.Node] = []
@@ -247,19 +248,28 @@ class _Emitter:
         self._set_lane(within.lane_of.get(node, 0), within)
         start = within.random.get(node)
         if start is None:
-            self._copy(node)
+            self._copy(node, within)
             return
         self._graph.call_function(_named("seek", philox.seek), (within.handle, start))
-        self._copy(node)
+        self._copy(node, within)
         self._graph.call_function(_named("seek", philox.seek), (within.handle, within.random_total))
 
-    def _copy(self, node: fx.Node) -> None:
-        self._values[node] = self._graph.node_copy(node, lambda source: self._given(node, source))
+    def _copy(self, node: fx.Node, within: _Open = NOWHERE) -> None:
+        self._values[node] = self._graph.node_copy(node, lambda source: self._given(node, source, within))
+        written = self._effects.facts[node].writes
+        if written and self._turned:
+            facts = self._effects.facts
+            self._turned = {key: made for key, made in self._turned.items() if not facts[made[0]].outputs & written}
 
-    def _given(self, node: fx.Node, source: fx.Node) -> fx.Node:
-        """The value of `source` as `node` is to get it; turned where `node` runs, so on its lane."""
+    def _given(self, node: fx.Node, source: fx.Node, within: _Open) -> fx.Node:
+        """The value of `source` as `node` is to get it: turned where `node` runs, once for all on its lane."""
         value, wanted = self._values[source], self._formats.wanted(node, source) if self._formats is not None else None
-        return value if wanted is None else self._graph.call_function(in_format, (value, wanted))
+        if wanted is None:
+            return value
+        key = source, wanted, within.sides, self._lane, self._state
+        if key not in self._turned:
+            self._turned[key] = source, self._graph.call_function(in_format, (value, wanted))
+        return self._turned[key][1]
 
     def _set_lane(self, lane: int, within: _Open) -> None:
         if lane != self._lane:

@@ -42,4 +42,4 @@ def _with_strides(value: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
     sizes = zip(value.shape, value.stride(), stride, strict=True)
     if all(size == 1 or mine == its for size, mine, its in sizes):
         return value if value.stride() == stride else value.as_strided(value.shape, stride)
-    return torch.empty_strided(value.shape, stride, dtype=value.dtype, device=value.device).copy_(value)
+    return value.new_empty_strided(value.shape, stride).copy_(value)  # also where a transform has batched it

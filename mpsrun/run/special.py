@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,12 +19,12 @@ from mpsrun.plan import memory
 from mpsrun.plan.candidates import (
     Candidate,
     candidates,
-    channels_last,
     compiled,
     forced,
     forced_captured,
     forced_captured_workers,
     forced_streams,
+    with_channels_last,
 )
 from mpsrun.plan.cost import MACHINES, Costs
 from mpsrun.plan.plan import Means
@@ -85,11 +84,14 @@ class Planner:
         self._gm, self._effects, self._regions, self._kind, self._options = gm, effects, regions, kind, options
         self._summary = summary
         self._uses_lanes = False  # for any sizes
+        self._formats: dict[frozenset[torch.dtype], ChannelsLast | None] = {}
         self.subject = Subject(gm, effects, kind)
         if self.subject.refusal and self._may_capture:
             summary.note(f"it cannot be captured: {self.subject.refusal}")
         if config.current().compile_branches and not self.compiles:
             summary.note("its branches are not compiled: PyTorch is set to deterministic algorithms")
+        if config.current().channels_last == "on" and not self.turns:
+            summary.note("nothing has its channels last: there is no convolution of images that may")
 
     @property
     def has_streams(self) -> bool:
@@ -127,15 +129,19 @@ class Planner:
         """Whether a plan may have its channels last."""
         return self.channels_last is not None
 
-    @functools.cached_property
+    @property
     def channels_last(self) -> ChannelsLast | None:
         """What may have its channels last; None where nothing may: not asked for, or of no use."""
-        asked = config.current().channels_last
+        dtypes, asked = REDUCED, config.current().channels_last
         if asked == "on":
-            return what_may(self._gm, self._effects, FLOATING)
-        if self._kind != "cuda" or asked == "off" or _wants_same_bits() or not torch._C._get_cudnn_enabled():
+            dtypes = FLOATING
+        elif self._kind != "cuda" or asked == "off" or _wants_same_bits() or not torch._C._get_cudnn_enabled():
             return None
-        return what_may(self._gm, self._effects, REDUCED | ({torch.float32} if modes.convolves_in_tf32() else set()))
+        elif modes.convolves_in_tf32():
+            dtypes |= {torch.float32}
+        if dtypes not in self._formats:
+            self._formats[dtypes] = what_may(self._gm, self._effects, dtypes)
+        return self._formats[dtypes]
 
     @property
     def compiles(self) -> bool:
@@ -161,6 +167,8 @@ class Planner:
             return (self._maybe_compiled(forced(self._regions, workers, costs)),)
         means = self._means(captures)
         workers = [] if means.captures and not means.compiles else workers
+        if config.current().channels_last == "on":  # all that may
+            means = replace(means, turns=False)
         return tuple(map(self._maybe_channels_last, candidates(self._regions, workers, costs, means)))
 
     def _means(self, captures: bool = True) -> Means:
@@ -174,9 +182,10 @@ class Planner:
 
     def _maybe_channels_last(self, candidate: Candidate) -> Candidate:
         """The same, with its channels last if that is asked for."""
-        if config.current().channels_last != "on" or not self.turns or candidate.plan.channels_last:
+        if config.current().channels_last != "on" or not self.turns:
             return candidate
-        return channels_last(candidate) if candidate.plan.captured and not candidate.plan.workers else candidate
+        plan = candidate.plan
+        return with_channels_last(candidate) if plan.captured and not plan.workers else candidate
 
     def _draws(self, region: Region) -> bool:
         facts = self._effects.facts

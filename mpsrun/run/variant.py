@@ -169,8 +169,10 @@ class Maker:
         try:
             with undisturbed(kind), cotuning.choosing(by_time=False), torch.autograd.set_multithreading_enabled(False):
                 cotuning.whole(self._subject.plain, args, run)()
-        except RuntimeError as error:  # torch times them then
+        except Exception as error:  # noqa: BLE001 - torch chooses later then
             log.detail(f"convolutions were not met in advance: {in_a_line(error)}")
+        finally:
+            torch.clear_autocast_cache()  # of what was made for this
 
     def _draws(self, strands: Sequence[Strand]) -> bool:
         """Whether a region on worker lanes draws random numbers: each call has others, and a recording constants."""
@@ -220,11 +222,11 @@ class Maker:
     def _lower(
         self, regions: list[Lowered], formats: ChannelsLast | None
     ) -> tuple[list[Lowered], Callable[..., Any], list[Strand]]:
-        while regions or formats is not None:
+        while regions:
             try:
                 run, strands = lower(self._gm, self._effects, regions, formats)
                 return regions, run, [*strands]
             except NotShippable as error:
                 self._summary.refuse(str(error), regions[-1].region.where)
                 regions = regions[:-1]
-        return [], self._gm.forward, []
+        return [], self._gm.forward if formats is None else lower(self._gm, self._effects, [], formats)[0], []

@@ -71,6 +71,7 @@ WRONG = [
     (["--worker-share", "50", "--lanes", "streams", "t.py"], "for --worker-share, found --lanes streams"),
     (["--tune-convolutions", "--lanes", "workers", "t.py"], "--lanes auto for --tune-convolutions"),
     (["--channels-last", "on", "--lanes", "streams", "t.py"], "--lanes auto or captured for --channels-last on"),
+    (["--channels-last", "on", "--tune-convolutions", "t.py"], "--tune-convolutions or --channels-last on, found both"),
     (["--channels-last", "yes", "t.py"], "auto|on|off"),
     (["--adapt", "on", "--lanes", "serial", "t.py"], "--lanes auto for --adapt on"),
     (["--tune-convolutions=1", "t.py"], "--tune-convolutions alone"),

@@ -125,6 +125,7 @@ def test_channels_last_need_a_recording_and_convolutions() -> None:
     assert "have convolutions" in (fits(plan, [region(1, 1)], 0, replace(ALL, turns=False)) or "")
     assert "without workers" in (fits(replace(plan, regions={0: Assignment((0, 1))}), [region(1, 1)], 1, ALL) or "")
     assert "must be captured" in (fits(replace(plan, captured=False), [region(1, 1)], 0, ALL) or "")
+    assert "tuned convolutions" in (fits(replace(plan, tuned=True), [region(1, 1)], 0, ALL) or "")
 
 
 def test_compiled_branches_are_those_of_workers_and_asked_for() -> None:
