@@ -239,6 +239,12 @@ def test_without_images() -> None:
     assert last_in(nn.Linear(3, 3), torch.randn(2, 3)) is None
 
 
+def test_a_sparse_tensor_on_the_way() -> None:
+    """It has no strides."""
+    body = lambda net, x: F.relu(net.conv(x)).to_sparse().neg().to_dense()  # noqa: E731
+    assert last_in(Plain(body), torch.randn(2, 3, 5, 5)) == ["conv2d", "relu"]
+
+
 def test_sizes_that_change_get_no_guard() -> None:
     """What is asked about fake sizes is not the script's business."""
     model = Plain(lambda net, x: torch.cat([F.relu(net.conv(x.sin())), x, x.transpose(2, 3)], 1))

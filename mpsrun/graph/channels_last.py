@@ -120,13 +120,15 @@ def _seen_in_a_copy(found: ChannelsLast, effects: Effects) -> frozenset[int]:
     return frozenset[int]().union(*((fact.writes & turned) | (fact.outputs & written) for fact in others))
 
 
-def _is_images(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() == 4
+def _is_images(value: object) -> TypeGuard[torch.Tensor]:
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.is_nested:
+        return False
+    return value.dim() == 4
 
 
 def _is_plain_images(value: object) -> TypeGuard[torch.Tensor]:
     """Images in the order that PyTorch gives them by itself; of one channel or pixel other strides would do, too."""
-    if not isinstance(value, torch.Tensor) or value.dim() != 4:
+    if not _is_images(value):
         return False
     return value.stride() == torch.empty_like(value, memory_format=torch.contiguous_format).stride()
 
