@@ -239,10 +239,10 @@ def test_without_images() -> None:
     assert last_in(nn.Linear(3, 3), torch.randn(2, 3)) is None
 
 
-def test_a_sparse_tensor_on_the_way() -> None:
-    """It has no strides."""
-    body = lambda net, x: F.relu(net.conv(x)).to_sparse().neg().to_dense()  # noqa: E731
-    assert last_in(Plain(body), torch.randn(2, 3, 5, 5)) == ["conv2d", "relu"]
+def test_tensors_without_strides() -> None:
+    nested = torch.nested.nested_tensor([torch.randn(3, 5, 5), torch.randn(3, 4, 5)])
+    for value in (torch.randn(2, 3, 5, 5).to_sparse(), nested, None, 7):
+        assert not channels_last._is_plain_images(value)
 
 
 def test_sizes_that_change_get_no_guard() -> None:
