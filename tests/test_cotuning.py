@@ -186,6 +186,23 @@ def test_who_may_tune(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not planner.tunes
 
 
+@pytest.mark.parametrize("set_by_script", [False, True])
+def test_settings_of_the_script_stay_while_algorithms_are_chosen(
+    set_by_script: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another thread has recorded was made for them."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", set_by_script)
+    before = cotuning.modes.flags()
+    with cotuning.modes.choosing(by_time=not set_by_script):
+        with cotuning.modes.choosing(by_time=True):  # as two threads do
+            assert torch.backends.cudnn.benchmark
+            assert cotuning.modes.flags() == before
+        assert cotuning.modes.flags() == before
+    assert torch.backends.cudnn.benchmark is set_by_script
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not set_by_script)
+    assert cotuning.modes.flags() != before
+
+
 @pytest.mark.parametrize("benchmark", [False, True])
 def test_workers_prepare_under_the_settings_of_the_script(benchmark: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What cuDNN chose at the first run is kept; afterwards a worker's own settings are as they were."""

@@ -149,7 +149,7 @@ def tuned(
     kind, deadline_s = device.type, time.monotonic() + LIMIT_S
     alone, together = Thread(kind), Thread(kind)
     try:
-        with undisturbed(kind), choosing(by_time=True), _apart(device):
+        with undisturbed(kind), modes.choosing(by_time=True), _apart(device):
             for group in dict.fromkeys(branch.group for branch in branches):
                 siblings = [branch for branch in branches if branch.group == group]
                 if any(branch.has_convolutions for branch in siblings) and time.monotonic() < deadline_s:
@@ -241,17 +241,6 @@ def _apart(device: torch.device) -> Iterator[None]:
     yield
     if device.type == "cuda":
         settle(device)
-
-
-@contextlib.contextmanager
-def choosing(by_time: bool) -> Iterator[None]:
-    """Have torch time the algorithms, or take what cuDNN recommends, whatever the script has set."""
-    before = torch._C._get_cudnn_benchmark()
-    torch._C._set_cudnn_benchmark(by_time)
-    try:
-        yield
-    finally:
-        torch._C._set_cudnn_benchmark(before)
 
 
 @contextlib.contextmanager

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.autograd import forward_ad
 from mpsrun.graph.state import Autocast, State
 from mpsrun.wire.messages import Flags
 
+_set_by_script: list[bool] = []  # `cudnn.benchmark`, while it is another for a moment
 _PRECISIONS = (
     ("generic", "all"),
     ("cuda", "matmul"),
@@ -68,6 +70,27 @@ def apply_flags(settings: Flags | None) -> None:
             write(value)
 
 
+@contextlib.contextmanager
+def choosing(by_time: bool) -> Iterator[None]:
+    """Have torch time cuDNN's algorithms, or take what cuDNN recommends, whatever the script has set.
+
+    `flags` goes on to tell what that is: recordings of other threads are made for it.
+    """
+    before = _times_algorithms()
+    _set_by_script.append(before)
+    torch._C._set_cudnn_benchmark(by_time)
+    try:
+        yield
+    finally:
+        torch._C._set_cudnn_benchmark(before)
+        _set_by_script.pop()
+
+
+def _times_algorithms() -> bool:
+    first = _set_by_script[:1]  # in one go: another thread may end its choosing
+    return first[0] if first else torch._C._get_cudnn_benchmark()
+
+
 def _attribute(owner: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
     return lambda: getattr(owner, name), lambda value: setattr(owner, name, value)
 
@@ -85,7 +108,7 @@ _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "deterministic": (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
     "fill_uninitialized": _attribute(torch.utils.deterministic, "fill_uninitialized_memory"),
     "cudnn.enabled": (torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled),
-    "cudnn.benchmark": (torch._C._get_cudnn_benchmark, torch._C._set_cudnn_benchmark),
+    "cudnn.benchmark": (_times_algorithms, torch._C._set_cudnn_benchmark),
     "cudnn.deterministic": (torch._C._get_cudnn_deterministic, torch._C._set_cudnn_deterministic),
     "mkldnn.enabled": (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
     "fp16_reduction": (

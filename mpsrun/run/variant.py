@@ -18,6 +18,7 @@ from mpsrun.plan import memory
 from mpsrun.plan.lanes import LEAD
 from mpsrun.plan.plan import Assignment, Plan
 from mpsrun.run import cotuning, report
+from mpsrun.run import state as modes
 from mpsrun.run.binding import Binding
 from mpsrun.run.captured import Captured
 from mpsrun.run.coordinator import Coordinator
@@ -167,7 +168,7 @@ class Maker:
         """
         kind = self._subject.kind
         try:
-            with undisturbed(kind), cotuning.choosing(by_time=False), torch.autograd.set_multithreading_enabled(False):
+            with undisturbed(kind), modes.choosing(by_time=False), torch.autograd.set_multithreading_enabled(False):
                 cotuning.whole(self._subject.plain, args, run)()
         except Exception as error:  # noqa: BLE001 - torch chooses later then
             log.detail(f"convolutions were not met in advance: {in_a_line(error)}")
