@@ -151,8 +151,12 @@ def parse(words: Sequence[str]) -> tuple[Config, Target]:
 def _refuse_without_effect(values: Mapping[str, Any]) -> None:
     """Raise UsageError for options that the lanes asked for, or one another, leave nothing to do."""
     lanes = values.get("lanes", "auto")
-    if values.get("tune_convolutions") and values.get("channels_last") == "on":
-        raise UsageError("expected --tune-convolutions or --channels-last on, found both; leave one of the two out")
+    for name, is_given in (
+        ("--tune-convolutions", values.get("tune_convolutions")),
+        ("--verify", values.get("verify")),  # other kernels round otherwise
+    ):
+        if is_given and values.get("channels_last") == "on":
+            raise UsageError(f"expected {name} or --channels-last on, found both; leave one of the two out")
     for name, is_given, useful in (
         ("--worker-share", values.get("worker_share") is not None, WORKER_LANES),
         ("--compile-branches", values.get("compile_branches", False), WORKER_LANES),

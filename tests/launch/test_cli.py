@@ -72,6 +72,7 @@ WRONG = [
     (["--tune-convolutions", "--lanes", "workers", "t.py"], "--lanes auto for --tune-convolutions"),
     (["--channels-last", "on", "--lanes", "streams", "t.py"], "--lanes auto or captured for --channels-last on"),
     (["--channels-last", "on", "--tune-convolutions", "t.py"], "--tune-convolutions or --channels-last on, found both"),
+    (["--channels-last", "on", "--verify", "3", "t.py"], "expected --verify or --channels-last on, found both"),
     (["--channels-last", "yes", "t.py"], "auto|on|off"),
     (["--adapt", "on", "--lanes", "serial", "t.py"], "--lanes auto for --adapt on"),
     (["--tune-convolutions=1", "t.py"], "--tune-convolutions alone"),
