@@ -142,6 +142,8 @@ def parse(words: Sequence[str]) -> tuple[Config, Target]:
     if values.get("worker_share") is not None and values.get("mps") == "off":
         raise UsageError("expected CUDA MPS for --worker-share, found --mps off; leave one of the two out")
     _refuse_without_effect(values)
+    if values.get("verify"):
+        values["channels_last"] = "off"  # what other kernels round cannot be told from a fault
     for wanted, use in (("verify", "compare for --verify"), ("explain", "explain")):
         if values.get(wanted) and values.get("lanes") == "serial":
             raise UsageError(f"expected lanes to {use}, found --lanes serial; leave one of the two out")
@@ -153,7 +155,7 @@ def _refuse_without_effect(values: Mapping[str, Any]) -> None:
     lanes = values.get("lanes", "auto")
     for name, is_given in (
         ("--tune-convolutions", values.get("tune_convolutions")),
-        ("--verify", values.get("verify")),  # other kernels round otherwise
+        ("--verify", values.get("verify")),
     ):
         if is_given and values.get("channels_last") == "on":
             raise UsageError(f"expected {name} or --channels-last on, found both; leave one of the two out")

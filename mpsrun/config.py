@@ -78,11 +78,6 @@ class Config:
         return max(1, min(AUTO_WORKERS, available_cores() - 1))
 
     @property
-    def turns_channels(self) -> Switch:
-        """`channels_last` as far as it may be: what other kernels round cannot be told from a fault by `verify`."""
-        return "off" if self.verify and self.channels_last == "auto" else self.channels_last
-
-    @property
     def report_socket(self) -> str:
         """Address on which the lead receives reports."""
         return socket_address(self._in_run_dir("report"))

@@ -328,7 +328,6 @@ def test_who_may_have_the_channels_last(monkeypatch: pytest.MonkeyPatch) -> None
     cudnn = torch.backends.cudnn
     assert planner_of(monkeypatch).turns
     assert not planner_of(monkeypatch, channels_last="off").turns
-    assert not planner_of(monkeypatch, verify=3).turns, "rounding cannot be told from a fault"
     planner = planner_of(monkeypatch)
     for name, value in (("allow_tf32", False), ("deterministic", True), ("enabled", False)):
         with monkeypatch.context() as patch:

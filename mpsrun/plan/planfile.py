@@ -97,8 +97,8 @@ def fits(plan: Plan, regions: Sequence[Region], worker_count: int, means: Means)
     if plan.channels_last and not (plan.captured and means.turns and not plan.workers and not plan.tuned):
         return (
             "it has channels last, for which it must be captured, without workers and tuned convolutions, and the "
-            "network have convolutions that use tensor cores, without PyTorch's deterministic algorithms and "
-            "--channels-last off"
+            "network have convolutions that use tensor cores, without PyTorch's deterministic algorithms, --verify "
+            "and --channels-last off"
         )
     if plan.streams and not means.streams:
         return f"it uses {lane_name(min(plan.streams))}, and this device has no streams"

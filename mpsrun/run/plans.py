@@ -28,7 +28,7 @@ def key_of(gm: fx.GraphModule, args: Sequence[Any], kind: str, workers: int) -> 
     shapes = [_shape(arg) for arg in args]
     options = config.current()
     asked = {"tuned": options.tune_convolutions, "compiled": options.compile_branches}
-    asked[f"channels last {options.turns_channels}"] = options.turns_channels != "auto"
+    asked[f"channels last {options.channels_last}"] = options.channels_last != "auto"
     asked[f"worker share {options.worker_share}"] = options.worker_share is not None
     return Key(
         graph=_digest(gm.code),

@@ -90,7 +90,7 @@ class Planner:
             summary.note(f"it cannot be captured: {self.subject.refusal}")
         if config.current().compile_branches and not self.compiles:
             summary.note("its branches are not compiled: PyTorch is set to deterministic algorithms")
-        if config.current().turns_channels == "on" and not self.turns:
+        if config.current().channels_last == "on" and not self.turns:
             summary.note("nothing has its channels last: there is no convolution of images that may")
 
     @property
@@ -132,7 +132,7 @@ class Planner:
     @property
     def channels_last(self) -> ChannelsLast | None:
         """What may have its channels last; None where nothing may: not asked for, or of no use."""
-        dtypes, asked = REDUCED, config.current().turns_channels
+        dtypes, asked = REDUCED, config.current().channels_last
         if asked == "on":
             dtypes = FLOATING
         elif self._kind != "cuda" or asked == "off" or _wants_same_bits() or not torch._C._get_cudnn_enabled():
@@ -167,7 +167,7 @@ class Planner:
             return (self._maybe_compiled(forced(self._regions, workers, costs)),)
         means = self._means(captures)
         workers = [] if means.captures and not means.compiles else workers
-        if config.current().turns_channels == "on":  # all that may
+        if config.current().channels_last == "on":  # all that may
             means = replace(means, turns=False)
         return tuple(map(self._maybe_channels_last, candidates(self._regions, workers, costs, means)))
 
@@ -182,7 +182,7 @@ class Planner:
 
     def _maybe_channels_last(self, candidate: Candidate) -> Candidate:
         """The same, with its channels last if that is asked for."""
-        if config.current().turns_channels != "on" or not self.turns:
+        if config.current().channels_last != "on" or not self.turns:
             return candidate
         plan = candidate.plan
         return with_channels_last(candidate) if plan.captured and not plan.workers else candidate
