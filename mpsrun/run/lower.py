@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import fx
 
 from mpsrun.errors import NotShippable
@@ -21,6 +22,7 @@ from mpsrun.plan.shares import places_of
 from mpsrun.run import philox
 from mpsrun.run.forkjoin import fork, join
 from mpsrun.run.memory_format import in_format
+from mpsrun.run.pooling import max_pool2d
 from mpsrun.run.specialize import Cut, Strand
 from mpsrun.run.streams import LaneValues, Places, Sides, open_sides
 
@@ -124,6 +126,7 @@ class _Open:
 
 
 NOWHERE = _Open()
+FASTER: Mapping[Any, Callable[..., Any]] = {F.max_pool2d: max_pool2d}  # where the channels come last
 
 
 class _Emitter:
@@ -255,7 +258,9 @@ class _Emitter:
         self._graph.call_function(_named("seek", philox.seek), (within.handle, within.random_total))
 
     def _copy(self, node: fx.Node, within: _Open = NOWHERE) -> None:
-        self._values[node] = self._graph.node_copy(node, lambda source: self._given(node, source, within))
+        copied = self._values[node] = self._graph.node_copy(node, lambda source: self._given(node, source, within))
+        if self._formats is not None and node in self._formats.takes:
+            copied.target = FASTER.get(copied.target, copied.target)
         written = self._effects.facts[node].writes
         if written and self._turned:
             facts = self._effects.facts
