@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transparency import TOLERANCE, assert_same, trained
 
 from mpsrun import config
+from mpsrun.plan.candidates import with_gradients_beside
+from mpsrun.run import special
 from mpsrun.run.captured import Captured
 
 Body = Callable[[Any, Tensor], Any]
@@ -24,6 +26,12 @@ def ask_for_channels_last(patch: pytest.MonkeyPatch) -> None:
     """Captured plans that are made from now on have them."""
     settings = dataclasses.replace(config.current(), channels_last="on")
     patch.setattr(config, "current", lambda: settings)
+
+
+def ask_for_gradients_beside(patch: pytest.MonkeyPatch) -> None:
+    """Captured plans that are made from now on compute those of weights beside the rest of backward."""
+    plan = special.forced_captured
+    patch.setattr(special, "forced_captured", lambda *args: with_gradients_beside(plan(*args)))
 
 
 class Branch(nn.Module):

@@ -7,7 +7,18 @@ from mpsrun.graph.regions import Region
 from mpsrun.plan.assign import hopeless, region_us, spread
 from mpsrun.plan.cost import Costs
 from mpsrun.plan.lanes import LEAD, is_stream, is_worker
-from mpsrun.plan.plan import CAPTURED, Assignment, Declined, Means, Plan, decide, immovable, left_with, some_shares
+from mpsrun.plan.plan import (
+    BESIDE,
+    CAPTURED,
+    Assignment,
+    Declined,
+    Means,
+    Plan,
+    decide,
+    immovable,
+    left_with,
+    some_shares,
+)
 from mpsrun.plan.shares import by_cost, worth_a_try
 
 MAX_CANDIDATES = 6
@@ -38,9 +49,9 @@ def candidates(
     """At most `MAX_CANDIDATES` plans that differ, the best predicted first; one more where branches are compiled.
 
     regions: all of a graph, parents before children. worker_ids: the lanes of the workers that may be used. Always in:
-    serial; side streams, if the device has them, or both captured, if that can be, the latter also with channels last;
-    the plan that hands every region to all workers that is not hopeless. Compiled is the plan of workers that is
-    predicted to be the fastest.
+    serial; side streams, if the device has them, or both captured, if that can be, the latter also with channels last,
+    and with weight gradients beside, too; the plan that hands every region to all workers that is not hopeless.
+    Compiled is the plan of workers that is predicted to be the fastest.
     """
     planner = _Planner(regions, worker_ids, costs)
     wanted = [planner.candidate(SERIAL, lambda _region, _busy: Declined("serial"))]
@@ -52,6 +63,7 @@ def candidates(
         wanted.append(_captured(replayed.candidate(CAPTURED, lambda _region, _busy: Declined("captured as it is"))))
         wanted += [forced_captured(regions, costs)] if means.streams else []
         wanted += [with_channels_last(wanted[-1])] if means.turns else []
+        wanted += [with_gradients_beside(wanted[-1])] if means.beside else []
     optional = planner.worker_candidates()
     if means.streams:
         optional.append(planner.candidate("mixed", planner.fastest))
@@ -103,7 +115,7 @@ def _with_shares(candidate: Candidate, regions: Sequence[Region], costs: Costs) 
     plan.
     """
     plan, whole = candidate.plan, costs.captured()  # what a GPU has to do, whoever launches it
-    if plan.channels_last or (plan.streams and not plan.captured):
+    if plan.channels_last or plan.beside or (plan.streams and not plan.captured):
         return None
     chosen = dict(plan.regions)
     for region in regions:
@@ -126,6 +138,11 @@ def compiled(candidate: Candidate) -> Candidate:
 def with_channels_last(candidate: Candidate) -> Candidate:
     """The same with the channels of images last; predicted as before, since what that changes is not known."""
     return replace(candidate, name=f"{candidate.name}, channels last", plan=replace(candidate.plan, channels_last=True))
+
+
+def with_gradients_beside(candidate: Candidate) -> Candidate:
+    """The same with weight gradients beside; predicted as before, since what that changes is not known."""
+    return replace(candidate, name=f"{candidate.name}, {BESIDE}", plan=replace(candidate.plan, beside=True))
 
 
 def _tuned(candidate: Candidate) -> Candidate:
@@ -279,7 +296,7 @@ def _different(made: Sequence[Candidate]) -> list[Candidate]:
             if isinstance(choice, Assignment) and any(choice.lanes)
         )
         plan = candidate.plan
-        key = plan.captured, plan.channels_last, plan.tuned and bool(assigned), tuple(assigned)
+        key = plan.captured, plan.channels_last, plan.beside, plan.tuned and bool(assigned), tuple(assigned)
         seen.setdefault(key, candidate)
     return list(seen.values())
 

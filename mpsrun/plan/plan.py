@@ -13,7 +13,10 @@ from mpsrun.plan.lanes import LEAD, WHOLE, is_stream, is_worker, lane_name, lane
 CAPTURED = "captured"  # the line of a plan whose graph is replayed
 TUNED = "convolutions tuned"  # and of one whose convolutions are tuned beside each other
 CHANNELS_LAST = "channels last"  # of one whose convolutions have theirs last in memory
+BESIDE = "weight gradients beside"  # of one that computes those of convolutions beside the rest of backward
 COMPILED = "branches compiled"  # and of one whose workers compile their branches
+# Each line with the field of a plan that it stands for.
+MARKS = {CAPTURED: "captured", TUNED: "tuned", COMPILED: "compiled", CHANNELS_LAST: "channels_last", BESIDE: "beside"}
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class Means:
 
     streams: the lead's device has side streams. captures: the graph can be captured; captures_workers: also with its
     regions on worker lanes. shares: lanes can have shares of the device. tunes: cuDNN may choose other algorithms.
-    compiles: workers may compile their branches. turns: there are convolutions whose channels may come last.
+    compiles: workers may compile their branches. turns: there are convolutions whose channels may come last. beside:
+    there are such whose weights may have their gradients beside.
     """
 
     streams: bool = False
@@ -32,6 +36,7 @@ class Means:
     tunes: bool = False
     compiles: bool = False
     turns: bool = False
+    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,8 @@ class Plan:
 
     captured: whether the whole graph is replayed as a CUDA graph. tuned: whether cuDNN's algorithms are chosen while
     the branches run beside each other. compiled: whether workers have Inductor compile their branches. channels_last:
-    whether convolutions, and what they pass on, have the channels last in memory.
+    whether convolutions, and what they pass on, have the channels last in memory. beside: whether gradients of their
+    weights are computed beside the rest of backward.
     """
 
     regions: Mapping[int, Assignment | Declined] = field(default_factory=dict)
@@ -83,11 +89,11 @@ class Plan:
     tuned: bool = False
     compiled: bool = False
     channels_last: bool = False
+    beside: bool = False
 
     def __str__(self) -> str:
         lines = [_line(index, choice) for index, choice in sorted(self.regions.items())]
-        marks = {CAPTURED: self.captured, TUNED: self.tuned, COMPILED: self.compiled, CHANNELS_LAST: self.channels_last}
-        about = [mark for mark, is_set in marks.items() if is_set]
+        about = [mark for mark, name in MARKS.items() if getattr(self, name)]
         return "".join(f"{line}\n" for line in about + lines)
 
     @classmethod
@@ -101,8 +107,8 @@ class Plan:
         found: dict[int, Assignment | Declined] = {}
         about = set[str]()
         for number, line in lines:
-            if line.strip() in (CAPTURED, TUNED, COMPILED, CHANNELS_LAST):
-                about.add(line.strip())
+            if line.strip() in MARKS:
+                about.add(MARKS[line.strip()])
             elif line.strip() and not line.lstrip().startswith("#"):
                 index, choice = _parse_line(line.strip(), f"{source}, line {number}")
                 if index in found:
@@ -111,7 +117,7 @@ class Plan:
                         "keep one of them"
                     )
                 found[index] = choice
-        return cls(found, CAPTURED in about, TUNED in about, COMPILED in about, CHANNELS_LAST in about)
+        return cls(found, **dict.fromkeys(about, True))
 
     @property
     def workers(self) -> frozenset[int]:
@@ -207,7 +213,6 @@ def _parse_line(line: str, place: str) -> tuple[int, Assignment | Declined]:
     if found is None or len(known) != len(lanes):
         raise UsageError(
             f"{place}: expected 'region 0: lead | worker 1 | stream 1 at 25%', 'region 0: declined, reason', "
-            f"'{CAPTURED}', '{TUNED}', '{COMPILED}', '{CHANNELS_LAST}', found {line[:200]!r}; correct the line or "
-            "delete it"
+            f"{', '.join(map(repr, MARKS))}, found {line[:200]!r}; correct the line or delete it"
         )
     return int(found["index"]), Assignment(tuple(lane for lane, _ in known), some_shares(share for _, share in known))

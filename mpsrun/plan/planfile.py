@@ -100,6 +100,11 @@ def fits(plan: Plan, regions: Sequence[Region], worker_count: int, means: Means)
             "network have convolutions that use tensor cores, without PyTorch's deterministic algorithms, --verify "
             "and --channels-last off"
         )
+    if plan.beside and not (plan.captured and means.beside and not plan.workers and not plan.tuned):
+        return (
+            "it has weight gradients beside, for which it must be captured, without workers and tuned convolutions, "
+            "and the network have convolutions of images with weights of their own, on a GPU with cuDNN"
+        )
     if plan.streams and not means.streams:
         return f"it uses {lane_name(min(plan.streams))}, and this device has no streams"
     if plan.has_shares and not means.shares:

@@ -20,6 +20,7 @@ from mpsrun.graph.state import State, applied, is_state_node
 from mpsrun.plan.plan import Assignment
 from mpsrun.plan.shares import places_of
 from mpsrun.run import philox
+from mpsrun.run.beside import conv2d
 from mpsrun.run.forkjoin import fork, join
 from mpsrun.run.memory_format import in_format
 from mpsrun.run.pooling import max_pool2d
@@ -41,14 +42,19 @@ class Lowered:
 
 
 def lower(
-    gm: fx.GraphModule, effects: Effects, regions: Sequence[Lowered], formats: ChannelsLast | None = None
+    gm: fx.GraphModule,
+    effects: Effects,
+    regions: Sequence[Lowered],
+    formats: ChannelsLast | None = None,
+    beside: Mapping[fx.Node, fx.Node] | None = None,
 ) -> tuple[Callable[..., Any], Sequence[Strand]]:
     """A function like `gm.forward` that runs these regions on their lanes, and the strands as it forks into them.
 
     Nodes keep the order of the program except where a region needs to be in one piece. formats: what has its channels
-    last, where anything has. Raises `NotShippable` where two regions cannot both be in one piece.
+    last, where anything has. beside: the convolutions whose weights have their gradients beside, with these. Raises
+    `NotShippable` where two regions cannot both be in one piece.
     """
-    emitter = _Emitter(effects, regions, formats)
+    emitter = _Emitter(effects, regions, formats, beside or {})
     graph = emitter.emit(gm.graph)
     lowered = fx.GraphModule(gm, graph)
     brackets = emitter.brackets
@@ -130,10 +136,16 @@ FASTER: Mapping[Any, Callable[..., Any]] = {F.max_pool2d: max_pool2d}  # where t
 
 
 class _Emitter:
-    def __init__(self, effects: Effects, regions: Sequence[Lowered], formats: ChannelsLast | None) -> None:
+    def __init__(
+        self,
+        effects: Effects,
+        regions: Sequence[Lowered],
+        formats: ChannelsLast | None,
+        beside: Mapping[fx.Node, fx.Node],
+    ) -> None:
         self.brackets = _Brackets()
         self._effects = effects
-        self._formats = formats
+        self._formats, self._beside = formats, beside
         self._regions = regions
         self._graph = fx.Graph()
         self._values: dict[fx.Node, fx.Node] = {}
@@ -261,6 +273,9 @@ class _Emitter:
         copied = self._values[node] = self._graph.node_copy(node, lambda source: self._given(node, source, within))
         if self._formats is not None and node in self._formats.takes:
             copied.target = FASTER.get(copied.target, copied.target)
+        if node in self._beside:
+            copied.target = conv2d
+            copied.kwargs = {**copied.kwargs, "weight_format": self._wanted(node, self._beside[node])}
         written = self._effects.facts[node].writes
         if written and self._turned:
             facts = self._effects.facts
@@ -268,13 +283,16 @@ class _Emitter:
 
     def _given(self, node: fx.Node, source: fx.Node, within: _Open) -> fx.Node:
         """The value of `source` as `node` is to get it: turned where `node` runs, once for all on its lane."""
-        value, wanted = self._values[source], self._formats.wanted(node, source) if self._formats is not None else None
-        if wanted is None:
+        value, wanted = self._values[source], self._wanted(node, source)
+        if wanted is None or self._beside.get(node) is source:
             return value
         key = source, wanted, within.sides, self._lane, self._state
         if key not in self._turned:
             self._turned[key] = source, self._graph.call_function(in_format, (value, wanted))
         return self._turned[key][1]
+
+    def _wanted(self, node: fx.Node, source: fx.Node) -> torch.memory_format | None:
+        return self._formats.wanted(node, source) if self._formats is not None else None
 
     def _set_lane(self, lane: int, within: _Open) -> None:
         if lane != self._lane:

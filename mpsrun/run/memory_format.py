@@ -29,16 +29,22 @@ def in_format(value: Any, memory_format: torch.memory_format) -> Any:
 class _Turned(Function):
     @staticmethod
     def forward(ctx: Any, value: torch.Tensor, memory_format: torch.memory_format | None) -> torch.Tensor:
-        is_dense = value.is_contiguous() or value.is_contiguous(memory_format=torch.channels_last)
-        ctx.stride = value.stride() if is_dense else contiguous_stride(value.shape)
+        ctx.stride = dense_stride(value)
         return value.view_as(value) if memory_format is None else value.clone(memory_format=memory_format)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _with_strides(gradient, ctx.stride), None
+        return with_stride(gradient, ctx.stride), None
 
 
-def _with_strides(value: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
+def dense_stride(value: torch.Tensor) -> tuple[int, ...]:
+    """The strides that a gradient of this tensor of images has: its own, where it is dense."""
+    is_dense = value.is_contiguous() or value.is_contiguous(memory_format=torch.channels_last)
+    return value.stride() if is_dense else contiguous_stride(value.shape)
+
+
+def with_stride(value: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
+    """A tensor with these strides, copied where another order in memory takes it."""
     sizes = zip(value.shape, value.stride(), stride, strict=True)
     if all(size == 1 or mine == its for size, mine, its in sizes):
         return value if value.stride() == stride else value.as_strided(value.shape, stride)

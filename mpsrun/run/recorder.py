@@ -19,8 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from mpsrun import log
-from mpsrun.device.driver import own_stream
-from mpsrun.run.streams import side_streams
+from mpsrun.run.streams import recorded_stream, side_streams
 from mpsrun.run.workspaces import workspaces
 
 Function = Callable[[], Any]
@@ -77,7 +76,7 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         free = _free[device]
-        self._stream = free.pop() if free else own_stream(device)
+        self._stream = free.pop() if free else recorded_stream(device)
         weakref.finalize(self, free.append, self._stream)
         self._last = self._stream  # that of the last replay
         self._lock = threading.Lock()  # a script may train in several threads

@@ -16,6 +16,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from mpsrun.graph.state import State, applied
 from mpsrun.run import state as modes
 from mpsrun.run.arguments import Arguments
+from mpsrun.run.beside import Beside
 from mpsrun.run.executor import copy_all
 from mpsrun.run.forkjoin import SECOND_BACKWARD, Function, check_versions, keeps_graph, versions_of
 from mpsrun.run.keeping import Gathered, Keeper
@@ -124,6 +125,7 @@ class Body:
         self.regular = 0
         self._usual: tuple[int, ...] | None = None
         self.outgrown = False
+        self._beside = Beside()
         self._pending: Callable[[], _Call | None] = lambda: None
         recorder.make_room()
         self._forward = recorder.record(self._compute)
@@ -141,7 +143,7 @@ class Body:
         torch.clear_autocast_cache()
         try:
             self._before = {i: self._args.own[i].detach().clone() for i in self._subject.evolving}
-            with torch.set_grad_enabled(self._grad):
+            with torch.set_grad_enabled(self._grad), self._beside.forward():
                 return self._run(*self._args.own)
         finally:
             torch.clear_autocast_cache()
@@ -331,7 +333,7 @@ class Body:
 
     def _grad_of(self, present: Sequence[int]) -> Sequence[torch.Tensor | None]:
         """The gradients of the last forward. Where its graph stays it serves again: each replay fills it anew."""
-        with torch.autocast(self._subject.kind, enabled=False):
+        with torch.autocast(self._subject.kind, enabled=False), self._beside.backward():
             return torch.autograd.grad(
                 [self._outputs[i] for i in present],
                 [self._args.own[i] for i in self._args.wanted],

@@ -15,6 +15,7 @@ from mpsrun.errors import NotShippable
 from mpsrun.graph.channels_last import FLOATING, REDUCED, ChannelsLast, what_may
 from mpsrun.graph.effects import Effects
 from mpsrun.graph.regions import Region
+from mpsrun.graph.weights import own_weights
 from mpsrun.plan import memory
 from mpsrun.plan.candidates import (
     Candidate,
@@ -144,6 +145,11 @@ class Planner:
         return self._formats[dtypes]
 
     @property
+    def has_gradients_beside(self) -> bool:
+        """Whether gradients of weights may be computed beside the rest of backward."""
+        return self._kind == "cuda" and torch._C._get_cudnn_enabled() and bool(own_weights(self._gm, self._effects))
+
+    @property
     def compiles(self) -> bool:
         """Whether workers may compile their branches: the user lets them, and results may differ by rounding."""
         return config.current().compile_branches and not _wants_same_bits()
@@ -175,7 +181,16 @@ class Planner:
         captures = captures and self.captures
         # Random numbers of branches are not captured: it would be the uncaptured plan once more.
         with_workers = captures and not any(self._draws(region) for region in self._regions)
-        return Means(self.has_streams, captures, with_workers, self.has_shares, self.tunes, self.compiles, self.turns)
+        return Means(
+            self.has_streams,
+            captures,
+            with_workers,
+            self.has_shares,
+            self.tunes,
+            self.compiles,
+            self.turns,
+            self.has_gradients_beside,
+        )
 
     def _maybe_compiled(self, candidate: Candidate) -> Candidate:
         return compiled(candidate) if self.compiles and candidate.plan.workers else candidate

@@ -23,6 +23,8 @@ Places = Mapping[int, tuple[int, int]]
 MAIN = 0
 # By device, lane and place: the stream of what runs op by op, and that of what is recorded.
 _streams: dict[tuple[torch.device, int, tuple[int, int]], tuple[torch.cuda.Stream, torch.cuda.Stream]] = {}
+# By a stream that is recorded, the one beside it; all live as long as the process.
+_beside: dict[torch.cuda.Stream, torch.cuda.Stream] = {}
 
 
 class Sides(Protocol):
@@ -98,9 +100,21 @@ def _stream(device: torch.device, records: bool, lane: int, place: tuple[int, in
     if key not in _streams:
         # A script that holds its last loss also holds what accumulated gradients on the streams of the plan before.
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
-        # Both at once, so that none is made while something is recorded.
-        _streams.setdefault(key, (stream_on(*key), stream_on(*key)))
+        # All at once, so that none is made while something is recorded.
+        _streams.setdefault(key, (stream_on(*key), recorded_stream(*key)))
     return _streams[key][records]
+
+
+def recorded_stream(device: torch.device, lane: int = MAIN, place: tuple[int, int] = WHOLE) -> torch.cuda.Stream:
+    """Another stream to record, with one beside it for what nothing on it waits for."""
+    stream = stream_on(device, lane, place)
+    _beside[stream] = stream_on(device, lane, place)
+    return stream
+
+
+def stream_beside(stream: torch.cuda.Stream) -> torch.cuda.Stream:
+    """The one beside a stream that is recorded."""
+    return _beside[stream]
 
 
 def _lend(values: Sequence[Any], stream: torch.cuda.Stream) -> None:

@@ -14,6 +14,7 @@ from mpsrun.errors import NotShippable, in_a_line
 from mpsrun.graph.channels_last import ChannelsLast
 from mpsrun.graph.effects import Effects
 from mpsrun.graph.regions import Region
+from mpsrun.graph.weights import own_weights
 from mpsrun.plan import memory
 from mpsrun.plan.lanes import LEAD
 from mpsrun.plan.plan import Assignment, Plan
@@ -118,7 +119,8 @@ class Maker:
         Regions that cannot be cut or lowered stay in the lead, with the reason in the report.
         """
         formats = self._formats() if plan.channels_last else None
-        regions, run, strands = self._lower(self._cut_all(plan, seen), formats)
+        beside = own_weights(self._gm, self._effects) if plan.beside else {}
+        regions, run, strands = self._lower(self._cut_all(plan, seen), formats, beside)
         if plan.compiled:
             self._note_uncompiled(strands)
         places = [[self._position.get(node) for node in strand.args] for strand in strands]
@@ -221,13 +223,15 @@ class Maker:
             return None
 
     def _lower(
-        self, regions: list[Lowered], formats: ChannelsLast | None
+        self, regions: list[Lowered], formats: ChannelsLast | None, beside: Mapping[fx.Node, fx.Node]
     ) -> tuple[list[Lowered], Callable[..., Any], list[Strand]]:
         while regions:
             try:
-                run, strands = lower(self._gm, self._effects, regions, formats)
+                run, strands = lower(self._gm, self._effects, regions, formats, beside)
                 return regions, run, [*strands]
             except NotShippable as error:
                 self._summary.refuse(str(error), regions[-1].region.where)
                 regions = regions[:-1]
-        return [], self._gm.forward if formats is None else lower(self._gm, self._effects, [], formats)[0], []
+        if formats is None and not beside:
+            return [], self._gm.forward, []
+        return [], lower(self._gm, self._effects, [], formats, beside)[0], []

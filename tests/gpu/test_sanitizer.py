@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.timeout(120),
     pytest.mark.skipif(SANITIZER is None, reason="compute-sanitizer is not installed"),
 ]
-TRAINING = """
+LINEAR = """
 import torch
 from torch import nn
 from mpsrun.run import report
@@ -47,14 +47,53 @@ for _ in range(8):
 print("calls on lanes:", graph.calls)
 """
 
+# With the channels last, and gradients of weights beside.
+IMAGES = """
+import torch
+from torch import nn
+from mpsrun.plan.candidates import with_gradients_beside
+from mpsrun.run import report, special
 
-@pytest.mark.parametrize("lanes", ["captured", "workers", "captured-workers"])
-def test_memory_is_used_within_bounds(lanes: str, tmp_path: Path) -> None:
+plan = special.forced_captured
+special.forced_captured = lambda *args: with_gradients_beside(plan(*args))
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.paths = nn.ModuleList(
+            nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(10)), nn.BatchNorm2d(8), nn.MaxPool2d(3, 1, 1))
+            for _ in range(2)
+        )
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        return torch.cat([path(x) for path in self.paths], 1)
+
+model = Two().cuda()
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+for _ in range(8):
+    optimizer.zero_grad()
+    model(torch.randn(2, 3, 9, 9, device="cuda")).square().mean().backward()
+    optimizer.step()
+(graph,) = report.graphs
+print("calls on lanes:", graph.calls)
+"""
+CASES = [
+    (LINEAR, ("--lanes", "captured")),
+    (LINEAR, ("--lanes", "workers")),
+    (LINEAR, ("--lanes", "captured-workers")),
+    (IMAGES, ("--lanes", "captured", "--channels-last", "on")),
+]
+
+
+@pytest.mark.parametrize(("training", "options"), CASES, ids=["captured", "workers", "captured-workers", "images"])
+def test_memory_is_used_within_bounds(training: str, options: tuple[str, ...], tmp_path: Path) -> None:
     script = tmp_path / "train.py"
-    script.write_text(TRAINING)
+    script.write_text(training)
     # Without CUDA MPS, which such tools do not see through. Calls that fail are not counted: cuda-bindings asks the
     # driver for functions that it may not have.
-    launch = [sys.executable, "-m", "mpsrun", "--mps", "off", "--workers", "1", "--timeout", "120", "--lanes", lanes]
+    launch = [sys.executable, "-m", "mpsrun", "--mps", "off", "--workers", "1", "--timeout", "120", *options]
     check = [SANITIZER, "--tool", "memcheck", "--report-api-errors", "no", "--target-processes", "all"]
     told = tmp_path / "told.txt"  # not a pipe, which whoever is left behind would keep open
     with told.open("w") as file:

@@ -119,6 +119,20 @@ def test_channels_come_last_in_a_captured_plan(streams: bool) -> None:
     assert not any(c.plan.channels_last for c in candidates(towers, [1], COSTS, Means(streams, turns=True)))
 
 
+@pytest.mark.parametrize("turns", [True, False])
+@pytest.mark.parametrize("workers", [[], [1, 2, 3]])
+def test_weights_have_their_gradients_beside_in_a_captured_plan(turns: bool, workers: list[int]) -> None:
+    towers = [region(100, 100, 100, 100)]
+    means = Means(True, captures=True, captures_workers=True, shares=True, tunes=True, turns=turns, beside=True)
+    found = by_name(candidates(towers, workers, COSTS, means))
+    name = "captured streams, channels last" if turns else "captured streams"
+    usual, apart = found[name], found[f"{name}, weight gradients beside"]
+    assert len(found) <= MAX_CANDIDATES
+    assert apart == replace(usual, name=apart.name, plan=replace(usual.plan, beside=True))
+    assert [c for c in found.values() if c.plan.beside] == [apart]
+    assert not any(c.plan.beside for c in candidates(towers, workers, COSTS, replace(means, captures=False)))
+
+
 def test_convolutions_are_tuned_where_cudnn_may_choose() -> None:
     towers = [region(100, 100, 100, 100)]
     found = by_name(candidates(towers, [1, 2, 3], COSTS, Means(True, captures=True, shares=True, tunes=True)))

@@ -12,7 +12,7 @@ from mpsrun.errors import UsageError
 from mpsrun.plan.plan import Assignment, Declined, Means, Plan
 from mpsrun.plan.planfile import GraphPlan, PlanFile, fits
 
-ALL = Means(True, True, True, True, True, True, True)
+ALL = Means(True, True, True, True, True, True, True, True)
 
 TEXT = """# mpsrun plan 1
 
@@ -115,6 +115,19 @@ def test_tuning_needs_a_recording_and_leave_to_choose() -> None:
     assert "--tune-convolutions" in (fits(plan, [region(1, 1)], 0, replace(ALL, tunes=False)) or "")
     assert "without workers" in (fits(replace(plan, regions={0: Assignment((0, 1))}), [region(1, 1)], 1, ALL) or "")
     assert "must be captured" in (fits(replace(plan, captured=False), [region(1, 1)], 0, ALL) or "")
+
+
+def test_gradients_beside_need_a_recording_and_convolutions() -> None:
+    plan = Plan({0: Assignment((0, -1))}, captured=True, channels_last=True, beside=True)
+    assert str(plan) == "captured\nchannels last\nweight gradients beside\nregion 0: lead | stream 1\n"
+    assert Plan.parse(str(plan)) == plan
+    regions = [region(1, 1)]
+    assert fits(plan, regions, 0, ALL) is None
+    unfit = [replace(plan, captured=False), replace(plan, tuned=True), Plan({0: Assignment((0, 1))}, True, beside=True)]
+    for other in unfit:
+        assert fits(other, regions, 1, replace(ALL, turns=True)) is not None
+    reason = fits(replace(plan, channels_last=False), regions, 0, replace(ALL, beside=False))
+    assert "weights of their own" in (reason or "")
 
 
 def test_channels_last_need_a_recording_and_convolutions() -> None:
