@@ -132,7 +132,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     monkeypatch.setattr(recorder, "side_streams", lambda _device: [])
     monkeypatch.setattr(recorder, "workspaces", lambda _device: made)
     monkeypatch.setattr(recorder, "_free", defaultdict(list))
-    monkeypatch.setattr(recorder, "own_stream", lambda _device: Stream(made, next(names)))
+    monkeypatch.setattr(recorder, "recorded_stream", lambda _device: Stream(made, next(names)))
     return made
 
 

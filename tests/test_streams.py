@@ -13,12 +13,20 @@ from mpsrun.run import streams
 DEVICE = torch.device("cuda", 0)
 
 
+class Stream:
+    """In the place of one of a GPU."""
+
+    def wait_event(self, event: object) -> None:
+        """There is nothing under way."""
+
+
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[Any, Any]]:
     """The streams that were made."""
     made: dict[Any, Any] = {}
     monkeypatch.setattr(streams, "_streams", made)
-    monkeypatch.setattr(streams, "stream_on", lambda *_: SimpleNamespace(wait_event=lambda _event: None))
+    monkeypatch.setattr(streams, "_beside", {})
+    monkeypatch.setattr(streams, "stream_on", lambda *_: Stream())
     main = SimpleNamespace(record_event=lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: main)
     return made
@@ -58,3 +66,5 @@ def test_what_is_recorded_has_streams_of_its_own(monkeypatch: pytest.MonkeyPatch
     assert sides(monkeypatch, records=True) == recorded
     assert streams.side_streams(DEVICE) == [*zip(plain, recorded, strict=True)]
     assert streams.side_streams(torch.device("cuda", 1)) == []
+    beside = [streams.stream_beside(stream) for stream in recorded]
+    assert len({*map(id, plain), *map(id, recorded), *map(id, beside)}) == 6

@@ -17,7 +17,7 @@ from transparency import TOLERANCE, assert_same, assert_transparent, on_lanes, t
 from mpsrun import config
 from mpsrun.device.arena import Room
 from mpsrun.graph.effects import analyze
-from mpsrun.run import backend, forkjoin, report, verify
+from mpsrun.run import forkjoin, report, verify
 from mpsrun.run import state as modes
 from mpsrun.run.coordinator import Coordinator
 from mpsrun.run.crossing import Share
@@ -472,7 +472,6 @@ def test_faults(
     kind: str,
     name: str,
 ) -> None:
-    monkeypatch.setattr(backend, "gather_counters", lambda gm: None)  # so that workers count, too
     model = trained(on_lanes(Three().double(), 2))
     model.step((x(),), 0)
     (graph,) = report.graphs

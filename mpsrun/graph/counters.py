@@ -1,41 +1,25 @@
-"""Counters that a forward only moves on, such as BatchNorm's count of batches: all in one op before everything else.
-
-Each is one more kernel in the way of its branch, and one more tensor for a worker to hand back. Behind everything else
-they would be lost where checkpointing ends a forward early, which it computes a second time.
-"""
+"""Which counters a forward only moves on, such as BatchNorm's of batches: nothing else in the graph reads them."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import fx
 
-Kind = tuple[torch.device, torch.dtype, int]
+from mpsrun.graph.facts import Effects
 
 
-def gather_counters(gm: fx.GraphModule) -> None:
-    """Have the graph start with adding to its counters, which nothing else in it reads: to those alike in one op."""
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    found: dict[Kind, list[fx.Node]] = {}
-    for node in gm.graph.find_nodes(op="call_method", target="add_"):
-        kind = _kind(node)
-        if kind is not None:
-            found.setdefault(kind, []).append(node)
-    for (_, _, step), nodes in found.items():
-        if len(nodes) > 1:
-            with gm.graph.inserting_after(placeholders[-1]):
-                gm.graph.call_function(torch._foreach_add_, ([node.args[0] for node in nodes], step))
-            for node in nodes:
-                gm.graph.erase_node(node)
-    gm.recompile()
+def lone_counters(gm: fx.GraphModule, effects: Effects) -> frozenset[fx.Node]:
+    """The nodes that add a number to a buffer which nothing else reads, and whose result nobody uses."""
+    kinds = effects.placeholder_kind
+    return frozenset(node for node in gm.graph.find_nodes(op="call_method", target="add_") if _is_lone(node, kinds))
 
 
-def _kind(node: fx.Node) -> Kind | None:
-    """What counters have in common that one op moves on; None where it is no such counter."""
+def _is_lone(node: fx.Node, kinds: Mapping[fx.Node, str]) -> bool:
     counter, *steps = node.args
-    if node.users or node.kwargs or len(steps) != 1 or type(steps[0]) is not int or not isinstance(counter, fx.Node):
-        return None
+    if node.users or node.kwargs or [type(step) for step in steps] != [int] or not isinstance(counter, fx.Node):
+        return False
     value = counter.meta.get("example_value")
-    is_own = counter.op == "placeholder" and len(counter.users) == 1 and "tensor_dict" in counter.meta
-    if not is_own or not isinstance(value, torch.Tensor) or value.dtype.is_floating_point or value.dim():
-        return None
-    return value.device, value.dtype, steps[0]
+    is_own = kinds.get(counter) == "buffer" and len(counter.users) == 1
+    return is_own and isinstance(value, torch.Tensor) and not value.dtype.is_floating_point and not value.dim()

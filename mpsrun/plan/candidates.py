@@ -21,7 +21,7 @@ from mpsrun.plan.plan import (
 )
 from mpsrun.plan.shares import by_cost, worth_a_try
 
-MAX_CANDIDATES = 6
+MAX_CANDIDATES = 7
 # More than the 8 hardware queues of a process (CUDA_DEVICE_MAX_CONNECTIONS), to which captured graphs are not bound: of
 # 8 branches on 7 side streams one waits for another.
 SIDE_STREAMS = tuple(-i for i in range(1, 17))
@@ -50,8 +50,8 @@ def candidates(
 
     regions: all of a graph, parents before children. worker_ids: the lanes of the workers that may be used. Always in:
     serial; side streams, if the device has them, or both captured, if that can be, the latter also with channels last,
-    and with weight gradients beside, too; the plan that hands every region to all workers that is not hopeless.
-    Compiled is the plan of workers that is predicted to be the fastest.
+    and each of these two with weight gradients beside; the plan that hands every region to all workers that is not
+    hopeless. Compiled is the plan of workers that is predicted to be the fastest.
     """
     planner = _Planner(regions, worker_ids, costs)
     wanted = [planner.candidate(SERIAL, lambda _region, _busy: Declined("serial"))]
@@ -61,9 +61,11 @@ def candidates(
     if means.captures:
         replayed = _Planner(regions, (), costs.captured())
         wanted.append(_captured(replayed.candidate(CAPTURED, lambda _region, _busy: Declined("captured as it is"))))
-        wanted += [forced_captured(regions, costs)] if means.streams else []
-        wanted += [with_channels_last(wanted[-1])] if means.turns else []
-        wanted += [with_gradients_beside(wanted[-1])] if means.beside else []
+        if means.streams:
+            wanted.append(forced_captured(regions, costs))
+        usual = [wanted[-1], with_channels_last(wanted[-1])] if means.turns else [wanted[-1]]
+        wanted += usual[1:]
+        wanted += map(with_gradients_beside, usual if means.beside else ())
     optional = planner.worker_candidates()
     if means.streams:
         optional.append(planner.candidate("mixed", planner.fastest))

@@ -12,7 +12,6 @@ from torch import fx
 
 from mpsrun import config, log
 from mpsrun.errors import NotShippable
-from mpsrun.graph.counters import gather_counters
 from mpsrun.graph.effects import Effects, analyze, drop_inert
 from mpsrun.graph.regions import Region, find_regions
 from mpsrun.launch.pulse import answer_questions
@@ -109,7 +108,6 @@ class Graph:
 
     def _look(self, gm: fx.GraphModule) -> None:
         drop_inert(gm)
-        gather_counters(gm)
         self._effects: Effects = analyze(gm)
         found = find_regions(gm, self._effects)
         for refusal in found.refusals:

@@ -12,7 +12,6 @@ from torch import fx, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mpsrun import config, log
-from mpsrun.graph.counters import gather_counters
 from mpsrun.graph.effects import analyze, drop_inert
 from mpsrun.graph.regions import find_regions
 from mpsrun.plan.cost import MACHINES
@@ -154,7 +153,6 @@ def _chosen_of(special: Special) -> Chosen:
 
 def _analysed(gm: fx.GraphModule) -> Analysis:
     drop_inert(gm)
-    gather_counters(gm)
     effects = analyze(gm)
     found = find_regions(gm, effects)
     kind = device_kind(found.regions, effects)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from mpsrun.plan.plan import Assignment
 from mpsrun.plan.shares import places_of
 from mpsrun.run import philox
 from mpsrun.run.beside import conv2d
+from mpsrun.run.counting import count
 from mpsrun.run.forkjoin import fork, join
 from mpsrun.run.memory_format import in_format
 from mpsrun.run.pooling import max_pool2d
@@ -47,14 +48,15 @@ def lower(
     regions: Sequence[Lowered],
     formats: ChannelsLast | None = None,
     beside: Mapping[fx.Node, fx.Node] | None = None,
+    counters: Collection[fx.Node] = (),
 ) -> tuple[Callable[..., Any], Sequence[Strand]]:
     """A function like `gm.forward` that runs these regions on their lanes, and the strands as it forks into them.
 
     Nodes keep the order of the program except where a region needs to be in one piece. formats: what has its channels
-    last, where anything has. beside: the convolutions whose weights have their gradients beside, with these. Raises
-    `NotShippable` where two regions cannot both be in one piece.
+    last, where anything has. beside: the convolutions whose weights have their gradients beside, with these. counters:
+    what moves one on, and may do so later. Raises `NotShippable` where two regions cannot both be in one piece.
     """
-    emitter = _Emitter(effects, regions, formats, beside or {})
+    emitter = _Emitter(effects, regions, formats, beside or {}, counters)
     graph = emitter.emit(gm.graph)
     lowered = fx.GraphModule(gm, graph)
     brackets = emitter.brackets
@@ -142,10 +144,11 @@ class _Emitter:
         regions: Sequence[Lowered],
         formats: ChannelsLast | None,
         beside: Mapping[fx.Node, fx.Node],
+        counters: Collection[fx.Node],
     ) -> None:
         self.brackets = _Brackets()
         self._effects = effects
-        self._formats, self._beside = formats, beside
+        self._formats, self._beside, self._counters = formats, beside, counters
         self._regions = regions
         self._graph = fx.Graph()
         self._values: dict[fx.Node, fx.Node] = {}
@@ -273,6 +276,8 @@ class _Emitter:
         copied = self._values[node] = self._graph.node_copy(node, lambda source: self._given(node, source, within))
         if self._formats is not None and node in self._formats.takes:
             copied.target = FASTER.get(copied.target, copied.target)
+        if node in self._counters:
+            copied.op, copied.target = "call_function", count
         if node in self._beside:
             copied.target = conv2d
             copied.kwargs = {**copied.kwargs, "weight_format": self._wanted(node, self._beside[node])}

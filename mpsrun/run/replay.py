@@ -14,6 +14,7 @@ import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from mpsrun.graph.state import State, applied
+from mpsrun.run import counting
 from mpsrun.run import state as modes
 from mpsrun.run.arguments import Arguments
 from mpsrun.run.beside import Beside
@@ -143,7 +144,7 @@ class Body:
         torch.clear_autocast_cache()
         try:
             self._before = {i: self._args.own[i].detach().clone() for i in self._subject.evolving}
-            with torch.set_grad_enabled(self._grad), self._beside.forward():
+            with torch.set_grad_enabled(self._grad), self._beside.forward(), counting.gathered():
                 return self._run(*self._args.own)
         finally:
             torch.clear_autocast_cache()

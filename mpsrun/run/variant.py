@@ -12,6 +12,7 @@ from torch import fx
 from mpsrun import log
 from mpsrun.errors import NotShippable, in_a_line
 from mpsrun.graph.channels_last import ChannelsLast
+from mpsrun.graph.counters import lone_counters
 from mpsrun.graph.effects import Effects
 from mpsrun.graph.regions import Region
 from mpsrun.graph.weights import own_weights
@@ -119,8 +120,7 @@ class Maker:
         Regions that cannot be cut or lowered stay in the lead, with the reason in the report.
         """
         formats = self._formats() if plan.channels_last else None
-        beside = own_weights(self._gm, self._effects) if plan.beside else {}
-        regions, run, strands = self._lower(self._cut_all(plan, seen), formats, beside)
+        regions, run, strands = self._lower(self._cut_all(plan, seen), plan, formats)
         if plan.compiled:
             self._note_uncompiled(strands)
         places = [[self._position.get(node) for node in strand.args] for strand in strands]
@@ -223,15 +223,17 @@ class Maker:
             return None
 
     def _lower(
-        self, regions: list[Lowered], formats: ChannelsLast | None, beside: Mapping[fx.Node, fx.Node]
+        self, regions: list[Lowered], plan: Plan, formats: ChannelsLast | None
     ) -> tuple[list[Lowered], Callable[..., Any], list[Strand]]:
+        beside = own_weights(self._gm, self._effects) if plan.beside else {}
+        counters = lone_counters(self._gm, self._effects) if plan.captured else frozenset()
         while regions:
             try:
-                run, strands = lower(self._gm, self._effects, regions, formats, beside)
+                run, strands = lower(self._gm, self._effects, regions, formats, beside, counters)
                 return regions, run, [*strands]
             except NotShippable as error:
                 self._summary.refuse(str(error), regions[-1].region.where)
                 regions = regions[:-1]
-        if formats is None and not beside:
+        if formats is None and not beside and not counters:
             return [], self._gm.forward, []
-        return [], lower(self._gm, self._effects, [], formats, beside)[0], []
+        return [], lower(self._gm, self._effects, [], formats, beside, counters)[0], []
