@@ -108,6 +108,36 @@ class Weights(nn.Module):
         return F.conv2d(F.conv2d(F.conv2d(x, self.twice), self.made * 2), self.fixed)
 
 
+BIASES: dict[str, Any] = {
+    "made": lambda net, x: F.conv2d(x, net.weight, net.bias * 2),
+    "of two": lambda net, x: F.conv2d(x, net.weight, net.bias) + F.conv2d(x, net.other, net.bias),
+    "read elsewhere": lambda net, x: F.conv2d(x, net.weight, bias=net.bias) * net.bias.sum(),
+    "weight as images": lambda net, _: F.conv2d(net.weight, net.weight),
+    "frozen": lambda net, x: F.conv2d(x, net.frozen),
+}
+
+
+class Parameters(nn.Module):
+    """A convolution in the way of `body`."""
+
+    def __init__(self, body: Any) -> None:
+        super().__init__()
+        self.body = body
+        self.weight, self.other = (nn.Parameter(torch.randn(4, 4, 1, 1)) for _ in range(2))
+        self.frozen = nn.Parameter(torch.randn(4, 4, 1, 1), requires_grad=False)
+        self.bias = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.body(self, x)
+
+
+@pytest.mark.parametrize("name", BIASES)
+def test_what_another_op_would_have_to_wait_for_is_not_beside(name: str) -> None:
+    """Autograd adds gradients up, or hands them on, where the convolution was."""
+    gm = graph_of(Parameters(BIASES[name]), torch.randn(1, 4, 3, 3))
+    assert not own_weights(gm, analyze(gm))
+
+
 def test_only_weights_that_nothing_else_reads() -> None:
     gm = graph_of(Weights(), torch.randn(1, 4, 3, 3))
     (weight,) = own_weights(gm, analyze(gm)).values()
@@ -158,10 +188,11 @@ def frozen(images: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, dict[str, An
         lambda images, weight: (images.detach(), weight, {}),
         lambda images, weight: (images, weight, {"padding": "same"}),
         lambda images, weight: (images[0], weight, {}),
+        lambda images, weight: (images.to(torch.cfloat), weight.to(torch.cfloat), {}),
     ],
 )
 def test_what_torch_computes_itself(change: Any) -> None:
-    """Frozen weights, inputs without gradients, paddings in words, an image by itself."""
+    """Frozen weights, inputs without gradients, paddings in words, an image by itself, complex numbers."""
     images, weight, options = change(torch.randn(2, 4, 6, 6).requires_grad_(), torch.randn(4, 4, 3, 3).requires_grad_())
     with Beside().forward():
         result = conv2d(images, weight, **options)

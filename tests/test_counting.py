@@ -95,6 +95,7 @@ class Counts(nn.Module):
         self.register_buffer("one", torch.zeros((), dtype=torch.long))
         self.register_buffer("two", torch.zeros(3, dtype=torch.long))
         self.register_buffer("real", torch.zeros(()))
+        self.register_buffer("first", self.two[0])
 
     def forward(self, x: Tensor) -> Tensor:
         if self.way == "alone":
@@ -111,6 +112,9 @@ class Counts(nn.Module):
             self.one.add_(1)
         if self.way == "several":
             self.two.add_(1)
+        if self.way == "a view of what is read":
+            self.first.add_(1)
+            return x * self.two.sum()
         if self.way == "real":
             self.real.add_(1)
         return x + 1
@@ -127,7 +131,9 @@ def graph_of(model: nn.Module, *given: Tensor) -> fx.GraphModule:
     return graphs[0]
 
 
-@pytest.mark.parametrize("way", ["alone", "read", "read later", "by a tensor", "twice", "several", "real"])
+@pytest.mark.parametrize(
+    "way", ["alone", "read", "read later", "by a tensor", "twice", "several", "real", "a view of what is read"]
+)
 def test_only_counters_that_nobody_reads(way: str) -> None:
     gm = graph_of(Counts(way), torch.randn(3))
     assert len(lone_counters(gm, analyze(gm))) == (way == "alone")

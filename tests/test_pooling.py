@@ -41,6 +41,11 @@ def test_as_torch_has_it(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     torch.testing.assert_close(batched, torch.stack(of_each))
 
 
+def test_by_name() -> None:
+    x = images()
+    assert torch.equal(max_pool2d(input=x, kernel_size=2), F.max_pool2d(x, 2))
+
+
 def test_gradients_of_gradients() -> None:
     torch.autograd.gradgradcheck(lambda x: max_pool2d(x, 3, 1, 1).square(), images())
 

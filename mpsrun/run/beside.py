@@ -62,8 +62,8 @@ class Beside:
         """Around the backward of what was recorded under `forward`; behind it all gradients are there."""
         try:
             yield
-            for stream in self._waiting:
-                torch.cuda.current_stream(stream.device).wait_stream(stream_beside(stream))
+            for beside in filter(None, map(stream_beside, self._waiting)):
+                torch.cuda.current_stream(beside.device).wait_stream(beside)
         finally:
             self._waiting.clear()
 
@@ -72,7 +72,10 @@ class Beside:
         if not reads[0].is_cuda or not torch.cuda.is_current_stream_capturing():
             return function()
         stream = torch.cuda.current_stream(reads[0].device)
-        beside, waiting = stream_beside(stream), self._waiting.setdefault(stream, deque())
+        beside = stream_beside(stream)
+        if beside is None:
+            return function()
+        waiting = self._waiting.setdefault(stream, deque())
         beside.wait_stream(stream)
         with torch.cuda.stream(beside):
             result = function()
@@ -116,6 +119,8 @@ def _autocast_dtype(images: Tensor) -> torch.dtype | None:
 def _gains(images: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, dtype: torch.dtype | None) -> bool:
     """Whether both gradients are wanted, and the one of the weight can be computed elsewhere."""
     if not (torch.is_grad_enabled() and images.requires_grad and weight.requires_grad and images.dim() == 4):
+        return False
+    if not (images.is_floating_point() and weight.is_floating_point()):  # complex ones are several convolutions
         return False
     if dtype is not None and not {images.dtype, weight.dtype} <= CAST:
         return False

@@ -16,12 +16,12 @@ from mpsrun.run.forkjoin import Function
 SUMMED = frozenset({torch.float32, torch.float64})  # in others a sum of up to nine would be less exact than torch's
 
 
-def max_pool2d(images: Tensor, *args: Any, **kwargs: Any) -> Any:
+def max_pool2d(input: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: A002 - as torch calls it
     """The maxima as `torch.nn.functional.max_pool2d` finds them; gradients are sums in an order of their own."""
-    last = images.is_contiguous(memory_format=torch.channels_last)
-    if not last or images.dtype not in SUMMED or torch.are_deterministic_algorithms_enabled():
-        return F.max_pool2d(images, *args, **kwargs)
-    return _MaxPool.apply(images, args, kwargs)
+    last = input.is_contiguous(memory_format=torch.channels_last)
+    if not last or input.dtype not in SUMMED or torch.are_deterministic_algorithms_enabled():
+        return F.max_pool2d(input, *args, **kwargs)
+    return _MaxPool.apply(input, args, kwargs)
 
 
 class _MaxPool(Function):

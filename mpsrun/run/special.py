@@ -147,7 +147,9 @@ class Planner:
     @property
     def has_gradients_beside(self) -> bool:
         """Whether gradients of weights may be computed beside the rest of backward."""
-        return self._kind == "cuda" and torch._C._get_cudnn_enabled() and bool(own_weights(self._gm, self._effects))
+        if self._kind != "cuda" or not torch.is_grad_enabled() or not torch._C._get_cudnn_enabled():
+            return False
+        return bool(own_weights(self._gm, self._effects))
 
     @property
     def compiles(self) -> bool:

@@ -112,9 +112,9 @@ def recorded_stream(device: torch.device, lane: int = MAIN, place: tuple[int, in
     return stream
 
 
-def stream_beside(stream: torch.cuda.Stream) -> torch.cuda.Stream:
-    """The one beside a stream that is recorded."""
-    return _beside[stream]
+def stream_beside(stream: torch.cuda.Stream) -> torch.cuda.Stream | None:
+    """The one beside a stream that is recorded; None where that is one of the script's."""
+    return _beside.get(stream)
 
 
 def _lend(values: Sequence[Any], stream: torch.cuda.Stream) -> None:
