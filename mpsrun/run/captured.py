@@ -9,7 +9,8 @@ A recording holds the activations of one call. While that one's backward may sti
 recording, as where an encoder is called for two views before the backward of both.
 
 Once many steps in a row were alike, and asked for nothing more than plain PyTorch's memory holds, the graph is recorded
-anew with thrift. A script that asks for more after that gets a recording without.
+anew with thrift, and once more with its memory packed, whose sizes are known then. A script that asks for more after
+that gets a recording without.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 from mpsrun import log
 from mpsrun.errors import NotNow, NotShippable, in_a_line
 from mpsrun.run import state as modes
+from mpsrun.run.packing import Packing
 from mpsrun.run.recorder import Recorder, was_ended
 from mpsrun.run.replay import Body, Settings, Thrift
 from mpsrun.run.subject import Subject
@@ -51,6 +53,7 @@ class Captured:
         self._subject, self._run, self._recorder = subject, run, recorder
         self._may_save = not recorder.has_workers
         self._may_lend = True
+        self._packing: Packing | None = None
         self._most = 1 if recorder.has_workers else MOST_AT_ONCE
         self._bodies: list[Body] = []
         self._ended = 0  # how many recordings another thread ended
@@ -113,7 +116,7 @@ class Captured:
             self._subject.recorded.add(self)
             if len(self._subject.recorded) > MOST_RECORDED:
                 raise NotShippable(f"{MOST_RECORDED} others of this graph are, for other sizes, modes and plans")
-            body = Body(self._subject, self._run, args, self._recorder, self._bumps, settings, thrift)
+            body = Body(self._subject, self._run, args, self._recorder, self._bumps, settings, self._packing, thrift)
         except NotNow:
             return None
         except (RuntimeError, NotShippable) as error:
@@ -139,6 +142,8 @@ class Captured:
         elif not body.is_free():
             self._may_lend = False
             self.thrift = Thrift(True, False)
+        elif body.thrift.frees and not body.is_packed and body.packing.is_known:
+            self._packing = body.packing
         else:
             return False
         return True

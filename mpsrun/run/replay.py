@@ -23,6 +23,7 @@ from mpsrun.run.forkjoin import SECOND_BACKWARD, Function, check_versions, keeps
 from mpsrun.run.keeping import Gathered, Keeper
 from mpsrun.run.layout import Gradients, TensorMeta, follow_gradients
 from mpsrun.run.owing import Debt, laid_out_alike, may_owe, nodes_are_held
+from mpsrun.run.packing import Packing
 from mpsrun.run.plainrun import Generators, generators
 from mpsrun.run.recorder import Recorder, Recording
 from mpsrun.run.subject import Subject
@@ -83,9 +84,10 @@ class _Way:
 class Body:
     """A recording of forward with its memory, and those of backward.
 
-    settings, thrift: what it was made under. used: in which replay of its owner's it served last. failed: why its
-    backward cannot be recorded, if so. regular: how many calls in a row had one backward each, of the same outputs, and
-    kept nothing. outgrown: whether one was not like that, after backward had come to free what it reads.
+    settings, thrift: what it was made under. packing: how the next one like it can be laid out, if not this one already
+    (is_packed). used: in which replay of its owner's it served last. failed: why its backward cannot be recorded, if
+    so. regular: how many calls in a row had one backward each, of the same outputs, and kept nothing. outgrown: whether
+    one was not like that, after backward had come to free what it reads.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Body:
         recorder: Recorder,
         bumps: dict[int, int],
         settings: Settings,
+        packing: Packing | None,
         thrift: Thrift,
     ) -> None:
         self.settings, self._state = settings, settings[1]
@@ -120,6 +123,8 @@ class Body:
         self._grad_outputs: dict[int, torch.Tensor] = {}
         self._ways: dict[tuple[int, ...], _Way] = {}  # by the outputs that have a gradient
         self.thrift = thrift
+        self.is_packed = thrift.frees and packing is not None
+        self.packing = packing or Packing()
         self.used = 0
         self._generation = 0
         self.failed: RuntimeError | None = None
@@ -129,7 +134,7 @@ class Body:
         self._beside = Beside()
         self._pending: Callable[[], _Call | None] = lambda: None
         recorder.make_room()
-        self._forward = recorder.record(self._compute)
+        self._forward = recorder.record(self._forward_to_record())
 
     def _follow(self, args: Sequence[Any]) -> Gradients:
         """Which results have gradients, and which arguments backward reads."""
@@ -138,6 +143,15 @@ class Body:
             return Gradients((), (), frozenset())
         run = self._subject.plain.forward
         return follow_gradients(lambda *values: _tensors(run(*values)), metas, modes.ambient(self._subject.kind))
+
+    def _forward_to_record(self) -> Callable[[], Any]:
+        if self.is_packed:
+            return self.packing.laid_out(self._compute)
+        return self.packing.watched(self._compute) if self.thrift.frees else self._compute
+
+    def _backward_to_record(self, way: _Way) -> Callable[[], Gathered]:
+        backward = lambda: self._gathered(way)  # noqa: E731
+        return self.packing.watched_backward(backward) if self.thrift.frees and not self.is_packed else backward
 
     def _compute(self) -> Sequence[Any]:
         # Casts that autocast keeps would be of memory that the next replay overwrites.
@@ -315,7 +329,7 @@ class Body:
         copy_all([self._grad_outputs[i] for i in way.present], given)
         if way.recording is None:
             try:
-                way.recording = self._recorder.record(lambda: self._gathered(way), self._forward)
+                way.recording = self._recorder.record(self._backward_to_record(way), self._forward)
             except RuntimeError as error:
                 self.failed = error.with_traceback(None)  # which holds all that was recorded
                 if self.thrift.frees:

@@ -117,6 +117,12 @@ def stream_beside(stream: torch.cuda.Stream) -> torch.cuda.Stream | None:
     return _beside.get(stream)
 
 
+def recorded_streams(device: torch.device) -> list[torch.cuda.Stream]:
+    """All of ours on a device that are recorded, with those beside them."""
+    known = list(_beside.items())  # another thread may add to them
+    return [stream for pair in known for stream in pair if stream.device == device]
+
+
 def _lend(values: Sequence[Any], stream: torch.cuda.Stream) -> None:
     """Have the allocator keep these until `stream` is done with them, whoever frees them first."""
     for value in values:
