@@ -10,18 +10,25 @@ from typing import Any
 import pytest
 import torch
 from networks import SMALL, Three, why_not_here
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from transparency import TOLERANCE, assert_same, moved, trained
 
 from mpsrun import config
 from mpsrun.plan.planfile import PlanFile
-from mpsrun.run import plans
+from mpsrun.run import captured, plans, report
 from mpsrun.run.backend import mpsrun
 from mpsrun.run.captured import Captured
 
 
-def noted(patch: pytest.MonkeyPatch) -> list[Captured]:
-    """All captured graphs that are made from now on."""
+def noted(patch: pytest.MonkeyPatch, thrift_after: int | None = None) -> list[Captured]:
+    """All captured graphs that are made from now on, by networks that are compiled from now on.
+
+    thrift_after: after how many steps that are alike they start with thrift, if not as usual.
+    """
+    torch._dynamo.reset()
+    report.graphs.clear()
+    if thrift_after is not None:
+        patch.setattr(captured, "STEPS_BEFORE_THRIFT", thrift_after)
     found: list[Captured] = []
     make = Captured.__init__
 
@@ -31,6 +38,18 @@ def noted(patch: pytest.MonkeyPatch) -> list[Captured]:
 
     patch.setattr(Captured, "__init__", note)
     return found
+
+
+def graph_of(model: nn.Module, *given: Tensor) -> fx.GraphModule:
+    """The graph that Dynamo finds."""
+    graphs: list[fx.GraphModule] = []
+
+    def note(gm: fx.GraphModule, _inputs: object) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    torch.compile(model, backend=note)(*given)
+    return graphs[0]
 
 
 def on_captured(model: nn.Module) -> nn.Module:

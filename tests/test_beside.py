@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from captures import assert_transparent, noted, on_captured
+from captures import assert_transparent, graph_of, noted, on_captured
 from images import (
     BODIES,
     OF_THREE,
@@ -16,11 +16,11 @@ from images import (
     assert_same_as_plain,
 )
 from networks import SMALL
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from mpsrun.graph.effects import analyze
 from mpsrun.graph.weights import own_weights
-from mpsrun.run import beside, report
+from mpsrun.run import beside
 from mpsrun.run.beside import Beside, conv2d
 from mpsrun.run.captured import Captured
 
@@ -30,8 +30,6 @@ LAST = torch.channels_last
 @pytest.fixture(autouse=True)
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Captured]:
     """All captured graphs of a test, with their weights' gradients beside."""
-    torch._dynamo.reset()
-    report.graphs.clear()
     ask_for_gradients_beside(monkeypatch)
     return noted(monkeypatch)
 
@@ -82,17 +80,6 @@ def test_each_convolution_has_its_own(made: list[Captured], found: list[tuple[in
     """Of the stem and of two on each branch, in each of two replays."""
     assert_same_as_plain(lambda: Fork(BODIES["convolutions"]), made)
     assert sorted(found) == sorted([(4, 3, 3, 3), *[(4, 4, 3, 3)] * 4] * 2)
-
-
-def graph_of(model: nn.Module, *given: Tensor) -> fx.GraphModule:
-    graphs: list[fx.GraphModule] = []
-
-    def note(gm: fx.GraphModule, _inputs: object) -> Any:
-        graphs.append(gm)
-        return gm.forward
-
-    torch.compile(model, backend=note)(*given)
-    return graphs[0]
 
 
 class Weights(nn.Module):

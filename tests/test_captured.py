@@ -40,8 +40,6 @@ TWICE = "backward through the graph a second time"
 @pytest.fixture(autouse=True)
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Captured]:
     """All captured graphs of a test."""
-    torch._dynamo.reset()
-    report.graphs.clear()
     return noted(monkeypatch)
 
 

@@ -25,7 +25,7 @@ from captures import (
 )
 from torch import Tensor, nn
 
-from mpsrun.run import captured, keeping, replay, report
+from mpsrun.run import captured, keeping, replay
 from mpsrun.run.captured import Captured
 from mpsrun.run.recorder import Recording, Repeater
 from mpsrun.run.replay import Thrift
@@ -37,10 +37,7 @@ Use = Callable[[nn.Module], Any]
 @pytest.fixture(autouse=True)
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Captured]:
     """All captured graphs of a test, which start with thrift after three steps that are alike."""
-    torch._dynamo.reset()
-    report.graphs.clear()
-    monkeypatch.setattr(captured, "STEPS_BEFORE_THRIFT", 3)
-    return noted(monkeypatch)
+    return noted(monkeypatch, thrift_after=3)
 
 
 @pytest.fixture

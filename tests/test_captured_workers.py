@@ -46,7 +46,6 @@ from mpsrun.run.special import Planner
 @pytest.fixture
 def made(workers: Coordinator, nothing_kept: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Captured]]:
     """All captured graphs of a test."""
-    report.graphs.clear()
     found = noted(monkeypatch)
     yield found
     found.clear()

@@ -28,8 +28,6 @@ LAST, USUAL = torch.channels_last, torch.contiguous_format
 @pytest.fixture(autouse=True)
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Captured]:
     """All captured graphs of a test, with the channels last."""
-    torch._dynamo.reset()
-    report.graphs.clear()
     ask_for_channels_last(monkeypatch)
     return noted(monkeypatch)
 

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from captures import noted, on_captured
+from captures import graph_of, noted, on_captured
 from images import BODIES, Fork, assert_same_as_plain
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from mpsrun.graph.counters import lone_counters
 from mpsrun.graph.effects import analyze
-from mpsrun.run import counting, report
+from mpsrun.run import counting
 from mpsrun.run.captured import Captured
 from mpsrun.run.counting import count, gathered
 
@@ -18,8 +18,6 @@ from mpsrun.run.counting import count, gathered
 @pytest.fixture(autouse=True)
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Captured]:
     """All captured graphs of a test."""
-    torch._dynamo.reset()
-    report.graphs.clear()
     return noted(monkeypatch)
 
 
@@ -118,17 +116,6 @@ class Counts(nn.Module):
         if self.way == "real":
             self.real.add_(1)
         return x + 1
-
-
-def graph_of(model: nn.Module, *given: Tensor) -> fx.GraphModule:
-    graphs: list[fx.GraphModule] = []
-
-    def note(gm: fx.GraphModule, _inputs: object) -> Any:
-        graphs.append(gm)
-        return gm.forward
-
-    torch.compile(model, backend=note)(*given)
-    return graphs[0]
 
 
 @pytest.mark.parametrize(

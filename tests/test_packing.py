@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from mpsrun.run import captured, packing, replay, report
+from mpsrun.run import packing, replay
 from mpsrun.run.captured import Captured
 from mpsrun.run.packing import LEAST, PAGE, SMALL, Event, Packing, segment_size
 
@@ -232,12 +232,9 @@ class Known(Packing):
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Captured]:
     """All captured graphs of a test, whose memory is packed after three steps that are alike."""
-    torch._dynamo.reset()
-    report.graphs.clear()
-    monkeypatch.setattr(captured, "STEPS_BEFORE_THRIFT", 3)
     monkeypatch.setattr(replay, "Packing", Known)
     Known.laid = 0
-    return noted(monkeypatch)
+    return noted(monkeypatch, thrift_after=3)
 
 
 def test_it_is_recorded_once_more_when_sizes_are_known(made: list[Captured]) -> None:

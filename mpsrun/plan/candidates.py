@@ -46,12 +46,13 @@ class Candidate:
 def candidates(
     regions: Sequence[Region], worker_ids: Sequence[int], costs: Costs, means: Means
 ) -> tuple[Candidate, ...]:
-    """At most `MAX_CANDIDATES` plans that differ, the best predicted first; one more where branches are compiled.
+    """At most `MAX_CANDIDATES` plans that differ, and what the user asked for beyond them; the best predicted first.
 
     regions: all of a graph, parents before children. worker_ids: the lanes of the workers that may be used. Always in:
     serial; side streams, if the device has them, or both captured, if that can be, the latter also with channels last,
     and each of these two with weight gradients beside; the plan that hands every region to all workers that is not
-    hopeless. Compiled is the plan of workers that is predicted to be the fastest.
+    hopeless. Asked for: captured streams with tuned convolutions; compiled branches, in the plan of workers that is
+    predicted to be the fastest.
     """
     planner = _Planner(regions, worker_ids, costs)
     wanted = [planner.candidate(SERIAL, lambda _region, _busy: Declined("serial"))]
@@ -66,6 +67,8 @@ def candidates(
         usual = [wanted[-1], with_channels_last(wanted[-1])] if means.turns else [wanted[-1]]
         wanted += usual[1:]
         wanted += map(with_gradients_beside, usual if means.beside else ())
+        if means.tunes and means.streams:
+            wanted.append(_tuned(forced_captured(regions, costs)))
     optional = planner.worker_candidates()
     if means.streams:
         optional.append(planner.candidate("mixed", planner.fastest))
@@ -73,8 +76,6 @@ def candidates(
         optional.append(forced_captured_workers(regions, worker_ids, costs))
     if means.shares:
         optional += [shared for plain in wanted if (shared := _with_shares(plain, regions, costs)) is not None]
-    if means.tunes and means.captures and means.streams:
-        optional.append(_tuned(forced_captured(regions, costs)))
     found = _best(_different(wanted), optional)
     best = next((candidate for candidate in found if candidate.plan.workers), None)
     if not means.compiles or best is None:
@@ -306,5 +307,5 @@ def _different(made: Sequence[Candidate]) -> list[Candidate]:
 def _best(wanted: Sequence[Candidate], optional: Sequence[Candidate]) -> tuple[Candidate, ...]:
     """All that are wanted, and of the others the best predicted, as far as there is room."""
     others = _different([*wanted, *sorted(optional, key=lambda candidate: candidate.predicted_us)])[len(wanted) :]
-    chosen = [*wanted, *others[: MAX_CANDIDATES - len(wanted)]]
+    chosen = [*wanted, *others[: max(0, MAX_CANDIDATES - len(wanted))]]
     return tuple(sorted(chosen, key=lambda candidate: candidate.predicted_us))

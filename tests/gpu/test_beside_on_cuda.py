@@ -10,7 +10,7 @@ from captures import noted, on_captured
 from images import BODIES, Fork, Programme, ask_for_channels_last, ask_for_gradients_beside, assert_same_as_plain
 from torch import Tensor, nn
 
-from mpsrun.run import beside, captured, report
+from mpsrun.run import beside
 from mpsrun.run.beside import Beside
 from mpsrun.run.captured import Captured
 
@@ -21,12 +21,9 @@ LONG = 20_000_000  # cycles of the GPU: some 10 ms
 @pytest.fixture(autouse=True)
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Captured]:
     """All captured graphs of a test, which start with thrift after four steps that are alike."""
-    torch._dynamo.reset()
-    report.graphs.clear()
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    monkeypatch.setattr(captured, "STEPS_BEFORE_THRIFT", 4)
     ask_for_gradients_beside(monkeypatch)
-    return noted(monkeypatch)
+    return noted(monkeypatch, thrift_after=4)
 
 
 @pytest.fixture(params=["as it is", "slow", "one waits"])

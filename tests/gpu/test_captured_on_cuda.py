@@ -12,7 +12,6 @@ from networks import SMALL, Three, why_not_here
 from torch import Tensor, nn
 from transparency import assert_same, moved, trained
 
-from mpsrun.run import captured, report
 from mpsrun.run.captured import Captured
 from mpsrun.run.recorder import CudaRecorder, Recording
 from mpsrun.run.streams import CudaSides, side_streams
@@ -26,9 +25,7 @@ LONG = 20_000_000  # cycles of the GPU: some 10 ms
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Captured]:
     """All captured graphs of a test, which start with thrift after four steps that are alike."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    monkeypatch.setattr(captured, "STEPS_BEFORE_THRIFT", 4)
-    report.graphs.clear()
-    return noted(monkeypatch)
+    return noted(monkeypatch, thrift_after=4)
 
 
 @pytest.mark.parametrize("name", [name for name, case in SMALL.items() if case.regions])

@@ -12,7 +12,7 @@ from images import BODIES, Fork, Programme, ask_for_channels_last, assert_same_a
 from torch import Tensor, nn
 
 from mpsrun import config
-from mpsrun.run import captured, lower, report
+from mpsrun.run import lower, report
 from mpsrun.run.backend import mpsrun
 from mpsrun.run.captured import Captured
 
@@ -22,12 +22,9 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(autouse=True)
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Captured]:
     """All captured graphs of a test, which start with thrift after four steps that are alike."""
-    torch._dynamo.reset()
-    report.graphs.clear()
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    monkeypatch.setattr(captured, "STEPS_BEFORE_THRIFT", 4)
     ask_for_channels_last(monkeypatch)
-    return noted(monkeypatch)
+    return noted(monkeypatch, thrift_after=4)
 
 
 @pytest.mark.parametrize("name", BODIES)

@@ -9,7 +9,6 @@ import torch
 from captures import noted, on_captured
 from torch import Tensor, nn
 
-from mpsrun.run import captured
 from mpsrun.run.captured import Captured
 from mpsrun.run.packing import Packing
 
@@ -19,9 +18,7 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(autouse=True)
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Captured]:
     """All captured graphs of a test, which start with thrift after four steps that are alike."""
-    torch._dynamo.reset()
-    monkeypatch.setattr(captured, "STEPS_BEFORE_THRIFT", 4)
-    return noted(monkeypatch)
+    return noted(monkeypatch, thrift_after=4)
 
 
 class Branches(nn.Module):

@@ -94,8 +94,7 @@ def run(script: type[Script], examples: int) -> None:
 @pytest.mark.parametrize("examples", [CAPTURED, pytest.param(10 * CAPTURED, marks=pytest.mark.slow)])
 def test_any_order_of_habits_when_captured(monkeypatch: pytest.MonkeyPatch, examples: int) -> None:
     """On recordings that overwrite memory as those of a GPU do, which come to thrift and to lending soon."""
-    made = noted(monkeypatch)
-    monkeypatch.setattr(captured, "STEPS_BEFORE_THRIFT", 2)
+    made = noted(monkeypatch, thrift_after=2)
     monkeypatch.setattr(captured, "MOST_RECORDINGS", 40)
     monkeypatch.setattr(keeping, "STEPS_BEFORE_LENDING", 1)
     monkeypatch.setattr(keeping, "LARGE_BYTES", 0)
