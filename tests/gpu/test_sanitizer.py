@@ -47,13 +47,14 @@ for _ in range(8):
 print("calls on lanes:", graph.calls)
 """
 
-# With the channels last, and gradients of weights beside.
+# With the channels last, gradients of weights beside, and memory in one piece for each stream.
 IMAGES = """
 import torch
 from torch import nn
 from mpsrun.plan.candidates import with_gradients_beside
-from mpsrun.run import report, special
+from mpsrun.run import captured, report, special
 
+captured.STEPS_BEFORE_THRIFT = 2
 plan = special.forced_captured
 special.forced_captured = lambda *args: with_gradients_beside(plan(*args))
 
@@ -74,7 +75,7 @@ model = Two().cuda()
 optimizer = torch.optim.SGD(model.parameters(), 0.1)
 for _ in range(8):
     optimizer.zero_grad()
-    model(torch.randn(2, 3, 9, 9, device="cuda")).square().mean().backward()
+    model(torch.randn(8, 3, 72, 72, device="cuda")).square().mean().backward()
     optimizer.step()
 (graph,) = report.graphs
 print("calls on lanes:", graph.calls)
