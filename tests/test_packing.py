@@ -15,6 +15,7 @@ from torch import nn
 from mpsrun.run import packing, replay
 from mpsrun.run.captured import Captured
 from mpsrun.run.packing import LEAST, PAGE, SMALL, Event, Packing, segment_size
+from mpsrun.run.recorder import Recording, Repeater
 
 MIB = 1 << 20
 
@@ -42,6 +43,7 @@ def given_back(*addresses: int) -> list[Event]:
         ([*taken(4, 2, 12, 2), *given_back(1, 3), Event(5, 4 * MIB), Event(6, 12 * MIB)], 20),  # the smallest piece
         ([*taken(12, 9), *given_back(1), Event(3, int(11.5 * MIB)), Event(4, MIB // 4)], 22),  # what is left is wasted
         ([*taken(20), *given_back(1, 1, 9)], 20),
+        ([*taken(30), Event(1, 30 * MIB)], 30),  # given back while nobody looked
     ],
 )
 def test_size_of_a_segment(events: Sequence[Event], wanted: int) -> None:
@@ -58,9 +60,8 @@ def test_the_end_of_a_segment_is_a_piece_as_others_are() -> None:
         Event(5, 8 * MIB),
         Event(6, 9 * MIB),
     ]
-    size = segment_size(events)
-    assert size == 32 * MIB
-    assert not packing._Segment(size).after(events).missing
+    assert segment_size(events) == 32 * MIB
+    assert not packing._Segment(28 * MIB).hold(events)
 
 
 @given(st.integers(0, 10**6))
@@ -83,14 +84,13 @@ def test_what_fits_is_never_in_two_places(seed: int) -> None:
     assert size == 0 or size >= LEAST
     segment = packing._Segment(size)
     for event in events:
-        segment.after([event])
+        assert segment.hold([event])
         pieces = sorted([*segment._taken.values(), *segment._free.items()])
         assert all(start + length <= after for (start, length), (after, _) in itertools.pairwise(pieces))
         assert sum(length for _, length in pieces) == size, "nothing is lost"
-    assert not segment.missing
     for address in live:
-        segment.after([Event(address, 0)])
-    assert segment._free == {0: size} if size else not segment._taken
+        segment.hold([Event(address, 0)])
+    assert segment._free == ({0: size} if size else {})
 
 
 class Stream:
@@ -111,7 +111,11 @@ class Gpu:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.streams = [Stream(7), Stream(8), Stream(9)]
         self.trace: list[dict[str, Any]] = []
-        self.settings = {"max_split_size": -1, "expandable_segments": False, "roundup_power2_divisions": {"1": 0}}
+        self.settings: dict[str, Any] = {
+            "max_split_size": -1,
+            "expandable_segments": False,
+            "roundup_power2_divisions": {"1": 0},
+        }
         self.history: list[str | None] = []
         self.segments: list[tuple[int, Stream]] = []
         patch.setattr(packing, "_is_recorded", lambda: True)
@@ -145,9 +149,19 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     return Gpu(monkeypatch)
 
 
+LOOSE = [("segment_alloc", 0, 40, stream) for stream in (7, 8, 9)]  # what torch took for each stream
+
+
+def both(found: Packing, forward: Callable[[], str], backward: Callable[[], str]) -> Packing:
+    found.watched(forward)()
+    found.watched_backward(backward)()
+    return found
+
+
 def test_sizes_are_those_of_a_forward_with_its_backward(gpu: Gpu) -> None:
     found = Packing()
     forward = gpu.does(
+        *LOOSE,
         ("alloc", 1, 30, 7),
         ("alloc", 2, 16, 8),
         ("alloc", 3, 50, 6),  # a stream of the script
@@ -173,17 +187,27 @@ def test_sizes_are_those_of_a_forward_with_its_backward(gpu: Gpu) -> None:
     assert main.waited == [side], "and must be joined"
 
 
+@pytest.mark.parametrize(("torchs", "is_known"), [(28, False), (30, False), (30.5, True), (2, False)])
+def test_what_gains_nothing_stays_as_it_is(gpu: Gpu, torchs: float, is_known: bool) -> None:
+    """Segments of small tensors, of up to 2 MiB, do not count."""
+    taken = ("segment_alloc", 0, torchs, 7), ("alloc", 1, 30, 7)
+    assert both(Packing(), gpu.does(*taken), gpu.does()).is_known == is_known
+
+
+def test_a_network_of_small_tensors(gpu: Gpu) -> None:
+    assert not both(Packing(), gpu.does(*LOOSE, ("alloc", 1, 1, 7)), gpu.does()).is_known
+
+
 def test_a_forward_that_is_recorded_again_counts_once(gpu: Gpu) -> None:
     found = Packing()
-    for _ in range(2):
-        found.watched(gpu.does(("alloc", 1, 30, 7)))()
-    found.watched_backward(gpu.does())()
-    assert found._sizes == {7: 30 * MIB}
+    forward = gpu.does(*LOOSE, ("alloc", 1, 30, 7))
+    found.watched(forward)()
+    assert both(found, forward, gpu.does())._sizes == {7: 30 * MIB}
 
 
 def test_a_backward_that_fails_tells_nothing(gpu: Gpu) -> None:
     found = Packing()
-    found.watched(gpu.does(("alloc", 1, 30, 7)))()
+    found.watched(gpu.does(*LOOSE, ("alloc", 1, 30, 7)))()
 
     def fails() -> None:
         raise RuntimeError("no memory")
@@ -198,34 +222,53 @@ def test_a_backward_that_fails_tells_nothing(gpu: Gpu) -> None:
     "setting",
     [{"max_split_size": 64 * MIB}, {"expandable_segments": True}, {"roundup_power2_divisions": {"1": 0, "2": 4}}],
 )
-def test_settings_with_which_it_would_not_fit(gpu: Gpu, setting: dict[str, Any]) -> None:
-    gpu.settings |= setting
-    found = Packing()
-    found.watched(gpu.does(("alloc", 1, 30, 7)))()
-    found.watched_backward(gpu.does())()
-    assert not found.is_known
+@pytest.mark.parametrize("half", [0, 1, None])
+def test_settings_with_which_it_would_not_fit(gpu: Gpu, setting: dict[str, Any], half: int | None) -> None:
+    """In one half, too."""
+    usual = gpu.settings
+
+    def under(settings: dict[str, Any], does: Callable[[], str]) -> Callable[[], str]:
+        def run() -> str:
+            gpu.settings = settings
+            return does()
+
+        return run
+
+    settings = [usual | setting if half in (None, i) else usual for i in range(2)]
+    does = gpu.does(*LOOSE, ("alloc", 1, 30, 7))
+    assert both(Packing(), under(usual, does), under(usual, does)).is_known
+    assert not both(Packing(), under(settings[0], does), under(settings[1], does)).is_known
 
 
-def test_a_history_of_the_script_stays(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._C, "_cuda_isHistoryEnabled", lambda: True)
-    found = Packing()
-    found.watched(gpu.does(("alloc", 1, 30, 7)))()
-    found.watched_backward(gpu.does())()
-    assert not gpu.history
-    assert not found.is_known
+def test_settings_that_torch_does_not_tell(gpu: Gpu) -> None:
+    gpu.settings = {}
+    does = gpu.does(*LOOSE, ("alloc", 1, 30, 7))
+    assert not both(Packing(), does, does).is_known
+
+
+@pytest.mark.parametrize("half", [0, 1, None])
+def test_a_history_of_the_script_stays(gpu: Gpu, half: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = iter([half in (None, 0), half in (None, 1)])
+    monkeypatch.setattr(torch._C, "_cuda_isHistoryEnabled", lambda: next(asked))
+    does = gpu.does(*LOOSE, ("alloc", 1, 30, 7))
+    assert not both(Packing(), does, does).is_known
+    assert len(gpu.history) == (0 if half is None else 2)
 
 
 class Known(Packing):
-    """One that knows its sizes after a backward."""
+    """One that knows its sizes after a backward; what fails is to be laid out."""
 
     laid = 0
+    fails = ""
 
     def watched_backward(self, backward: Callable[[], Any]) -> Callable[[], Any]:
-        self._sizes = {1: MIB}
+        self._is_complete, self._sizes = True, {1: MIB}
         return backward
 
     def laid_out(self, forward: Callable[[], Any]) -> Callable[[], Any]:
         Known.laid += 1
+        if Known.fails == "forward":
+            raise torch.OutOfMemoryError("no memory for segments")
         return forward
 
 
@@ -233,7 +276,7 @@ class Known(Packing):
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Captured]:
     """All captured graphs of a test, whose memory is packed after three steps that are alike."""
     monkeypatch.setattr(replay, "Packing", Known)
-    Known.laid = 0
+    monkeypatch.setattr(Known, "laid", 0)
     return noted(monkeypatch, thrift_after=3)
 
 
@@ -248,20 +291,31 @@ def test_it_is_recorded_once_more_when_sizes_are_known(made: list[Captured]) -> 
     assert made[0]._bodies[0].is_packed
 
 
+def moved(model: nn.Module) -> torch.Tensor:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return step(model)
+
+
 def test_recorded_anew_it_is_packed_at_once(made: list[Captured]) -> None:
     pair = Pair(on_captured, three, calls=8)
     assert Known.laid == 1
-
-    def moved(model: nn.Module) -> torch.Tensor:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.clone()
-        return step(model)
-
     pair.both(moved)
     for _ in range(3):
         pair.both(step)
     assert Known.laid == 2
     assert made[0]._bodies[0].is_packed
+
+
+def test_under_other_settings_it_is_watched_anew(made: list[Captured], monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(on_captured, three, calls=8)
+    first = made[0]._bodies[0].packing
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not torch.backends.cudnn.benchmark)
+    for _ in range(4):
+        pair.both(step)
+    assert Known.laid == 2
+    assert made[0]._bodies[0].is_packed
+    assert made[0]._bodies[0].packing is not first
 
 
 def test_without_thrift_it_is_not_packed(made: list[Captured]) -> None:
@@ -270,5 +324,38 @@ def test_without_thrift_it_is_not_packed(made: list[Captured]) -> None:
     for _ in range(6):
         pair.both(step)
     assert not made[0].thrift.frees
+    assert not made[0]._bodies[0].is_packed
+    assert Known.laid == 1
+
+
+def test_what_cannot_be_laid_out_keeps_its_thrift(made: list[Captured], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Known, "fails", "forward")
+    pair = Pair(on_captured, three, calls=8)
+    for _ in range(6):
+        pair.both(step)
+    assert Known.laid == 1
+    assert made[0].replays == 12, "in the same step"
+    assert made[0].thrift.frees
+    assert made[0]._bodies[0].thrift.frees
+    assert not made[0]._bodies[0].is_packed
+
+
+def test_a_packed_backward_that_cannot_be_recorded(made: list[Captured], monkeypatch: pytest.MonkeyPatch) -> None:
+    record = Repeater.record
+
+    def recorded(self: Repeater, function: Callable[[], Any], forward: Recording | None = None) -> Recording:
+        if forward is not None and Known.laid == 1 and not failed:
+            failed.append(1)
+            raise torch.OutOfMemoryError("no memory for a recording")
+        return record(self, function, forward)
+
+    failed: list[int] = []
+    monkeypatch.setattr(Repeater, "record", recorded)
+    pair = Pair(on_captured, three, calls=8)
+    for _ in range(6):
+        pair.both(step)
+    assert failed
+    assert made[0].replays == 12
+    assert made[0]._bodies[0].thrift.frees
     assert not made[0]._bodies[0].is_packed
     assert Known.laid == 1

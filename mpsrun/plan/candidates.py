@@ -67,8 +67,6 @@ def candidates(
         usual = [wanted[-1], with_channels_last(wanted[-1])] if means.turns else [wanted[-1]]
         wanted += usual[1:]
         wanted += map(with_gradients_beside, usual if means.beside else ())
-        if means.tunes and means.streams:
-            wanted.append(_tuned(forced_captured(regions, costs)))
     optional = planner.worker_candidates()
     if means.streams:
         optional.append(planner.candidate("mixed", planner.fastest))
@@ -77,10 +75,9 @@ def candidates(
     if means.shares:
         optional += [shared for plain in wanted if (shared := _with_shares(plain, regions, costs)) is not None]
     found = _best(_different(wanted), optional)
-    best = next((candidate for candidate in found if candidate.plan.workers), None)
-    if not means.compiles or best is None:
-        return found
-    return tuple(sorted((*found, compiled(best)), key=lambda candidate: candidate.predicted_us))
+    asked = [_tuned(forced_captured(regions, costs))] if means.tunes and means.captures and means.streams else []
+    asked += [compiled(candidate) for candidate in found if candidate.plan.workers and means.compiles][:1]
+    return tuple(sorted(_different([*found, *asked]), key=lambda candidate: candidate.predicted_us))
 
 
 def forced(regions: Sequence[Region], worker_ids: Sequence[int], costs: Costs) -> Candidate:
@@ -290,7 +287,7 @@ def _lanes(choice: _Choice, region: Region) -> tuple[int, ...]:
 
 
 def _different(made: Sequence[Candidate]) -> list[Candidate]:
-    """The first of those that put every branch on the same lane."""
+    """The first of those that put every branch on the same lane, and do the same there."""
     seen: dict[tuple[object, ...], Candidate] = {}
     for candidate in made:
         assigned = sorted(
@@ -299,7 +296,8 @@ def _different(made: Sequence[Candidate]) -> list[Candidate]:
             if isinstance(choice, Assignment) and any(choice.lanes)
         )
         plan = candidate.plan
-        key = plan.captured, plan.channels_last, plan.beside, plan.tuned and bool(assigned), tuple(assigned)
+        marks = plan.captured, plan.compiled, plan.channels_last, plan.beside, plan.tuned and bool(assigned)
+        key = *marks, tuple(assigned)
         seen.setdefault(key, candidate)
     return list(seen.values())
 
@@ -307,5 +305,5 @@ def _different(made: Sequence[Candidate]) -> list[Candidate]:
 def _best(wanted: Sequence[Candidate], optional: Sequence[Candidate]) -> tuple[Candidate, ...]:
     """All that are wanted, and of the others the best predicted, as far as there is room."""
     others = _different([*wanted, *sorted(optional, key=lambda candidate: candidate.predicted_us)])[len(wanted) :]
-    chosen = [*wanted, *others[: max(0, MAX_CANDIDATES - len(wanted))]]
+    chosen = [*wanted, *others[: MAX_CANDIDATES - len(wanted)]]
     return tuple(sorted(chosen, key=lambda candidate: candidate.predicted_us))

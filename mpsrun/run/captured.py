@@ -21,11 +21,13 @@ from typing import Any
 
 from mpsrun import log
 from mpsrun.errors import NotNow, NotShippable, in_a_line
+from mpsrun.graph.state import State
 from mpsrun.run import state as modes
 from mpsrun.run.packing import Packing
 from mpsrun.run.recorder import Recorder, was_ended
 from mpsrun.run.replay import Body, Settings, Thrift
 from mpsrun.run.subject import Subject
+from mpsrun.wire.messages import Flags
 
 # Whoever moves parameters or changes settings more often than this is served better without recordings.
 MOST_RECORDINGS = 4
@@ -53,7 +55,9 @@ class Captured:
         self._subject, self._run, self._recorder = subject, run, recorder
         self._may_save = not recorder.has_workers
         self._may_lend = True
-        self._packing: Packing | None = None
+        self._packing: Packing | None = None  # of recordings under these settings:
+        self._packed_under: tuple[Flags, State] | None = None
+        self._may_pack = True
         self._most = 1 if recorder.has_workers else MOST_AT_ONCE
         self._bodies: list[Body] = []
         self._ended = 0  # how many recordings another thread ended
@@ -76,7 +80,7 @@ class Captured:
 
     def _body_for(self, args: tuple[Any, ...]) -> Body | None:
         """The recording to replay; None where the call runs as it is."""
-        self._drop_failed()
+        was_packed = self._drop_failed()
         settings = modes.flags(), modes.ambient(self._subject.kind), self._recorder.era
         free = [body for body in self._bodies if not body.is_busy]
         busy = len(self._bodies) - len(free)
@@ -95,15 +99,22 @@ class Captured:
             return None
         self._moves += moves
         self._bodies = [body for body in self._bodies if body not in stale]
-        thrift = self.thrift if stale else NO_THRIFT  # what is not in the place of another has to show that it may
+        # What is not in the place of another has to show that it may.
+        thrift = self.thrift if stale or was_packed else NO_THRIFT
         del body, free, stale  # their memory is free for the next one
         return self._recorded(args, settings, thrift)
 
-    def _drop_failed(self) -> None:
-        """Recordings whose backward could not be recorded do not serve again: others may, or one without thrift."""
+    def _drop_failed(self) -> bool:
+        """Recordings whose backward could not be recorded do not serve again: others may, or one without thrift.
+
+        Returns whether one of them was packed, which says nothing against thrift.
+        """
+        was_packed = False
         for body, error in [(body, body.failed) for body in self._bodies if body.failed is not None]:
             self._bodies.remove(body)
-            self._fail(body.thrift, error)
+            was_packed |= body.is_packed
+            self._fail(body.thrift, body.is_packed, error)
+        return was_packed
 
     def _are_merely_old(self, stale: Sequence[Body], args: tuple[Any, ...], settings: Settings) -> bool:
         """Whether one of these would serve, had the recording of another graph on the device not failed since."""
@@ -112,16 +123,21 @@ class Captured:
         return any(body.settings[:2] == settings[:2] and body.fits(args) for body in stale)
 
     def _recorded(self, args: tuple[Any, ...], settings: Settings, thrift: Thrift) -> Body | None:
+        packing = self._packing if thrift.frees and settings[:2] == self._packed_under else None
+        body: Body | None
         try:
             self._subject.recorded.add(self)
             if len(self._subject.recorded) > MOST_RECORDED:
                 raise NotShippable(f"{MOST_RECORDED} others of this graph are, for other sizes, modes and plans")
-            body = Body(self._subject, self._run, args, self._recorder, self._bumps, settings, self._packing, thrift)
+            body = Body(self._subject, self._run, args, self._recorder, self._bumps, settings, packing, thrift)
         except NotNow:
             return None
         except (RuntimeError, NotShippable) as error:
-            self._fail(thrift, error)
-            return None
+            self._fail(thrift, packing is not None, error)
+            body = None  # what it had is given back with the error
+        if body is None:
+            goes_on = packing is not None and not self._may_pack
+            return self._recorded(args, (*settings[:2], self._recorder.era), thrift) if goes_on else None
         if self._recorder.era != settings[2]:  # another thread may have changed it
             return None
         self._bodies.append(body)
@@ -142,16 +158,18 @@ class Captured:
         elif not body.is_free():
             self._may_lend = False
             self.thrift = Thrift(True, False)
-        elif body.thrift.frees and not body.is_packed and body.packing.is_known:
-            self._packing = body.packing
+        elif body.thrift.frees and not body.is_packed and self._may_pack and body.packing.is_known:
+            self._packing, self._packed_under = body.packing, body.settings[:2]
         else:
             return False
         return True
 
-    def _fail(self, thrift: Thrift, error: Exception) -> None:
+    def _fail(self, thrift: Thrift, was_packed: bool, error: Exception) -> None:
         """What was not recorded is not tried again in this way: not with thrift, not beside those that there are."""
         if was_ended(error) and self._ended < MOST_ENDED:
             self._ended += 1
+        elif was_packed:
+            self._may_pack, self._packing = False, None
         elif thrift.frees:
             self._spend()
         elif self._bodies:

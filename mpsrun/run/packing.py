@@ -9,9 +9,10 @@ these segments.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +23,9 @@ Function = Callable[[], Any]
 # As torch's allocator has it, in bytes.
 UNIT = 512  # sizes are multiples of it
 SMALL = 1 << 20  # tensors up to this have segments of their own; what is left of a piece is cut off if it is larger
-PAGE = 2 << 20  # sizes of segments are multiples of it
+PAGE = 2 << 20  # sizes of segments are multiples of it; those of small tensors are as large
 LEAST = 10 << 20  # a smaller segment is not made as it is asked for
-MOST_TRIES = 8
+TRIES = 8  # sizes between the least that could do and one that does
 
 
 class Event(NamedTuple):
@@ -39,31 +40,41 @@ class Packing:
 
     def __init__(self) -> None:
         self._events: defaultdict[int, list[Event]] = defaultdict(list)  # by stream
-        self._sizes: dict[int, int] = {}
+        self._segments: defaultdict[int, int] = defaultdict(int)  # by stream, the bytes of those that torch took
+        self._forward_was_noted = self._is_complete = False
 
     @property
     def is_known(self) -> bool:
-        """Whether the next recording can be laid out."""
-        return bool(self._sizes)
+        """Whether the next recording can be laid out, and gains by that."""
+        return self._is_complete and bool(self._sizes)
+
+    @functools.cached_property
+    def _sizes(self) -> Mapping[int, int]:
+        """By stream, where that is less than torch took, the bytes of its segment; for who has seen all of it."""
+        sizes = {stream: segment_size(events) for stream, events in self._events.items()}
+        self._events.clear()
+        return {stream: size for stream, size in sizes.items() if 0 < size < self._segments[stream]}
 
     def watched(self, forward: Function) -> Function:
         """A forward that is about to be recorded, whose allocations are noted."""
 
         def run() -> Any:
             self._events.clear()
-            with self._noting():
-                return forward()
+            self._segments.clear()
+            with self._noting() as is_noted:
+                result = forward()
+            self._forward_was_noted = is_noted()
+            return result
 
         return run
 
     def watched_backward(self, backward: Function) -> Function:
-        """The backward of what was watched; with it the sizes are known."""
+        """The backward of what was watched."""
 
         def run() -> Any:
-            with self._noting():
+            with self._noting() as is_noted:
                 result = backward()
-            self._sizes = {stream: segment_size(events) for stream, events in self._events.items()}
-            self._events.clear()
+            self._is_complete = self._forward_was_noted and is_noted()
             return result
 
         return run
@@ -82,7 +93,7 @@ class Packing:
         main = torch.cuda.current_stream()
         for stream in recorded_streams(main.device):
             size = self._sizes.get(stream.cuda_stream)
-            if not size:
+            if size is None:
                 continue
             if stream != main:  # what does not take part in the recording has other memory
                 stream.wait_stream(main)
@@ -92,25 +103,28 @@ class Packing:
                 main.wait_stream(stream)
 
     @contextlib.contextmanager
-    def _noting(self) -> Iterator[None]:
+    def _noting(self) -> Iterator[Callable[[], bool]]:
+        """What is done meanwhile is noted; gives a function that tells afterwards whether it was."""
+        was_noted = False
         # A history that the script records stays as it is.
         if not _is_recorded() or torch._C._cuda_isHistoryEnabled():
-            yield
+            yield lambda: was_noted
             return
         torch.cuda.memory._record_memory_history("all", context=None, stacks="python")
         try:
-            yield
+            yield lambda: was_noted
             snapshot = torch.cuda.memory._snapshot()
         finally:
             torch.cuda.memory._record_memory_history(None)
-        if _cuts_any_size(snapshot["allocator_settings"]):
+        was_noted = _cuts_any_size(snapshot.get("allocator_settings", {}))
+        if was_noted:
             self._note(snapshot["device_traces"][torch.cuda.current_device()])
 
     def _note(self, trace: Sequence[dict[str, Any]]) -> None:
         streams = {stream.cuda_stream for stream in recorded_streams(torch.cuda.current_stream().device)}
         waiting: dict[int, int] = {}  # by address, the stream: given back, but perhaps still read by another stream
         for entry in trace:
-            action, stream = entry["action"], entry["stream"]
+            action, stream = entry["action"], entry.get("stream")
             if stream not in streams:
                 continue
             if action == "alloc":
@@ -120,62 +134,69 @@ class Packing:
             elif action == "free_completed":
                 waiting.pop(entry["addr"], None)
                 self._events[stream].append(Event(entry["addr"], 0))
+            elif action == "segment_alloc" and entry["size"] > PAGE:
+                self._segments[stream] += entry["size"]
         for address, stream in waiting.items():  # to be had when the recording ends
             self._events[stream].append(Event(address, 0))
 
 
 def segment_size(events: Sequence[Event]) -> int:
-    """Bytes of the smallest segment found that all large tensors of one stream fit into; 0 where there are none."""
-    size = _Segment(None).after(events).top
-    for _ in range(MOST_TRIES):
-        size = math.ceil(size / PAGE) * PAGE
-        missing = _Segment(size).after(events).missing
-        if not missing:
-            break
-        size += missing
-    return max(size, LEAST) if size else 0
+    """Bytes of a segment that all large tensors of one stream fit into, the smallest tried; 0 where there are none."""
+    open_ended = _Segment(math.inf)
+    open_ended.hold(events)
+    least, most = _pages(open_ended.peak), _pages(open_ended.top)
+    step = _pages((most - least) / TRIES) or PAGE
+    for size in [*range(least, most, step), *range(most, 2 * most, step)]:
+        if _Segment(size).hold(events):
+            return max(size, LEAST) if size else 0
+    return 2 * most
+
+
+def _pages(size: float) -> int:
+    return math.ceil(size / PAGE) * PAGE
 
 
 class _Segment:
     """A segment in the hands of torch's allocator, which takes the smallest free piece that is large enough.
 
-    size: bytes, as many as needed if None. top: where the last byte ended that was ever used. missing: the size of the
-    largest tensor for which there was no piece.
+    size: bytes. peak: how many of them were taken at once. top: where the last one ended.
     """
 
-    def __init__(self, size: int | None) -> None:
-        self.top = self.missing = 0
-        self._free: dict[int, float] = {
-            0: math.inf if size is None else size
-        }  # by where it starts, the size of a piece
+    def __init__(self, size: float) -> None:
+        self.top = 0
+        self.peak = 0.0
+        self._used = 0.0
+        self._free: dict[int, float] = {0: size} if size else {}  # by where it starts, the size of a piece
         self._taken: dict[int, tuple[int, float]] = {}  # by a tensor's address, its piece
 
-    def after(self, events: Sequence[Event]) -> _Segment:
-        """The same, when all that has happened."""
+    def hold(self, events: Sequence[Event]) -> bool:
+        """Whether there was a piece for every large tensor while all this happened; it ends where there is none."""
         for address, size in events:
-            if size:
-                self._take(address, math.ceil(size / UNIT) * UNIT)
-            elif address in self._taken:
+            if address in self._taken:  # also where nobody saw it given back
                 self._give_back(*self._taken.pop(address))
-        return self
+            rounded = math.ceil(size / UNIT) * UNIT
+            if rounded > SMALL and not self._take(address, rounded):
+                return False
+        return True
 
-    def _take(self, address: int, size: int) -> None:
-        if size <= SMALL:
-            return
+    def _take(self, address: int, size: int) -> bool:
         pieces = [(free, start) for start, free in self._free.items() if free >= size]
         if not pieces:
-            self.missing = max(self.missing, size)
-            return
+            return False
         free, start = min(pieces)
         del self._free[start]
         if free - size > SMALL:
             self._free[start + size] = free - size
             free = size
         self._taken[address] = start, free
+        self._used += free
+        self.peak = max(self.peak, self._used)
         self.top = max(self.top, start + size)
+        return True
 
     def _give_back(self, start: int, size: float) -> None:
-        after = self._free.pop(int(start + size), 0) if size < math.inf else 0
+        self._used -= size
+        after = self._free.pop(start + int(size), 0)
         before = next((s for s, free in self._free.items() if s + free == start), None)
         if before is None:
             self._free[start] = size + after
@@ -190,7 +211,7 @@ def _is_recorded() -> bool:
     return torch.cuda.get_allocator_backend() == "native"
 
 
-def _cuts_any_size(settings: dict[str, Any]) -> bool:
+def _cuts_any_size(settings: Mapping[str, Any]) -> bool:
     """Whether tensors of any size are cut from one segment, and nothing else joins what is left."""
-    rounded = any(settings["roundup_power2_divisions"].values())
-    return settings["max_split_size"] < 0 and not settings["expandable_segments"] and not rounded
+    grows, rounded = settings.get("expandable_segments", True), settings.get("roundup_power2_divisions", {"": 1})
+    return settings.get("max_split_size", 0) < 0 and not grows and not any(rounded.values())

@@ -123,7 +123,7 @@ class Body:
         self._grad_outputs: dict[int, torch.Tensor] = {}
         self._ways: dict[tuple[int, ...], _Way] = {}  # by the outputs that have a gradient
         self.thrift = thrift
-        self.is_packed = thrift.frees and packing is not None
+        self.is_packed = packing is not None
         self.packing = packing or Packing()
         self.used = 0
         self._generation = 0

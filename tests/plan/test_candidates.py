@@ -113,7 +113,7 @@ def test_channels_come_last_in_a_captured_plan(streams: bool) -> None:
     for workers in ([], [1, 2, 3]):
         found = by_name(candidates(towers, workers, COSTS, means))
         usual, last = found[name], found[f"{name}, channels last"]
-        assert len(found) <= MAX_CANDIDATES
+        assert len(found) <= MAX_CANDIDATES + streams, "tuned, if there are branches beside each other"
         assert last == replace(usual, name=last.name, plan=replace(usual.plan, channels_last=True))
         assert [c for c in found.values() if c.plan.channels_last] == [last]
     assert not any(c.plan.channels_last for c in candidates(towers, [1], COSTS, Means(streams, turns=True)))
@@ -137,8 +137,13 @@ def test_weights_have_their_gradients_beside_in_a_captured_plan(turns: bool, wor
 
 def test_convolutions_are_tuned_where_cudnn_may_choose() -> None:
     towers = [region(100, 100, 100, 100)]
-    found = by_name(candidates(towers, [1, 2, 3], COSTS, Means(True, captures=True, shares=True, tunes=True)))
-    assert len(found) == MAX_CANDIDATES
+    means = Means(True, captures=True, shares=True)
+    usual = candidates(towers, [1, 2, 3], COSTS, means)
+    found = by_name(candidates(towers, [1, 2, 3], COSTS, replace(means, tunes=True)))
+    assert [c for c in found.values() if not c.plan.tuned] == [*usual], (
+        "what the user asks for takes no place of others"
+    )
+    assert len(found) == len(usual) + 1 == MAX_CANDIDATES + 1
     plain, tuned = found["captured streams"].plan, found["captured streams, tuned"].plan
     assert (tuned.tuned, replace(tuned, tuned=False)) == (True, plain)
     assert found["captured streams, shares"].plan.has_shares
