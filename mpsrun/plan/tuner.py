@@ -222,7 +222,7 @@ def _drop(state: State) -> tuple[State, Actions]:
     """Without the clearly slower ones, and of many others without the slower half."""
     table = state.table()
     best = table.fastest(state.contenders)
-    ranked = sorted(state.challengers, key=table.median_us)
+    ranked = sorted(state.challengers, key=table.low_us)
     kept = [index for index in ranked if not table.beats(best, index)][: max(2, (len(ranked) + 1) // 2)]
     if state.round < LEAST_ROUNDS:
         kept = kept or ranked[:1]

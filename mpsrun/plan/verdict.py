@@ -27,14 +27,21 @@ class Table:
         """The median step; infinite where none was timed."""
         return statistics.median(self.times_us[index]) if self.times_us[index] else float("inf")
 
+    def low_us(self, index: int) -> float:
+        """The lower quartile of its steps; infinite where none was timed.
+
+        What disturbs a step only ever makes it longer, so that of a few steps these tell more of the plan.
+        """
+        return quartiles(self.times_us[index])[0] if self.times_us[index] else float("inf")
+
     def fastest(self, indexes: Iterable[int]) -> int:
-        """The one with the shortest median."""
-        return min(indexes, key=self.median_us)
+        """The one with the shortest steps, where little disturbed them."""
+        return min(indexes, key=self.low_us)
 
     def alike(self, index: int, others: Iterable[int]) -> list[int]:
         """Those of the others that are as fast, as far as can be told: within 2 %, and not beaten."""
-        limit_us = (1 + ALIKE) * self.median_us(index)
-        return [other for other in others if self.median_us(other) <= limit_us and not self.beats(index, other)]
+        limit_us = (1 + ALIKE) * self.low_us(index)
+        return [other for other in others if self.low_us(other) <= limit_us and not self.beats(index, other)]
 
     def beats(self, index: int, other: int, alpha: float = ALPHA) -> bool:
         """Whether a candidate is faster than another by more than the noise and by more than 1 %."""

@@ -191,11 +191,22 @@ def test_serial_alone_and_no_serial() -> None:
 # --- by chance
 
 
-def noisy(true_us: Sequence[float], rng: random.Random, sigma: float, drift: float = 0.0, hiccup: int = 0) -> State:
-    """Tune where steps of candidate i take `true_us[i]`, with noise, drift by step, and hiccups of ten times that."""
+def noisy(
+    true_us: Sequence[float],
+    rng: random.Random,
+    sigma: float,
+    drift: float = 0.0,
+    hiccup: int = 0,
+    disturbed: float = 0.0,
+) -> State:
+    """Tune where steps of candidate i take `true_us[i]`, with noise, drift by step, and hiccups of ten times that.
+
+    disturbed: the part of steps that take longer, by 30 % on average.
+    """
     state, _ = start(contenders(*((worker,) for worker in range(1, len(true_us)))))
     for step in itertools.count(1):
         us = true_us[state.current] * max(0.5, rng.gauss(1, sigma)) * (1 + drift * step)
+        us *= 1 + (rng.expovariate(1 / 0.3) if rng.random() < disturbed else 0.0)
         state, _ = advance(state, StepTimed(state.current, us * 10 if hiccup and step % hiccup == 0 else us))
         if state.decided is not None:
             return state
@@ -226,6 +237,13 @@ def share_of_good(runs: int = 300, **noise: float) -> float:
 )
 def test_the_plan_is_nearly_always_within_three_percent_of_the_best(noise: dict[str, float]) -> None:
     assert share_of_good(**noise) >= 0.95
+
+
+def test_what_disturbs_steps_seldom_hides_the_fastest_of_similar_plans() -> None:
+    """Medians found it in 77 % of 300 runs, lower quartiles in 93 %."""
+    true_us = [20_000.0, 12_500.0, 4_700.0, 3_420.0, 3_070.0, 3_170.0, 2_910.0]
+    found = [noisy(true_us, random.Random(seed), 0.01, disturbed=0.4).decided for seed in range(300)]
+    assert found.count(6) / len(found) >= 0.88
 
 
 def test_noise_alone_seldom_looks_like_a_win() -> None:
