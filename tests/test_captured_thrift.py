@@ -25,7 +25,7 @@ from captures import (
 )
 from torch import Tensor, nn
 
-from mpsrun.run import captured, keeping, replay
+from mpsrun.run import captured, keeping, replay, subject
 from mpsrun.run.captured import Captured
 from mpsrun.run.recorder import Recording, Repeater
 from mpsrun.run.replay import Thrift
@@ -90,6 +90,28 @@ def test_it_starts_once_steps_were_alike(bodies: list[Thrift], made: list[Captur
         pair.both(step)
     assert bodies == [NONE, ALL]
     assert made[0].replays == 16
+
+
+def test_what_autograd_does_is_found_out_once(
+    bodies: list[Thrift], made: list[Captured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for each recording: it takes half a second for a large network. Other flags or arguments are another case."""
+    seen: list[Any] = []
+    follow = subject.follow_gradients
+
+    def noted_follow(function: Any, inputs: Any, state: Any) -> Any:
+        seen.append(inputs)
+        return follow(function, inputs, state)
+
+    monkeypatch.setattr(subject, "follow_gradients", noted_follow)
+    pair = Pair(on_captured, three, calls=8)
+    assert bodies == [NONE, ALL]
+    assert len(seen) == 1
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not torch.backends.cudnn.benchmark)
+    for _ in range(3):
+        pair.both(step)
+    assert len(bodies) == 3
+    assert len(seen) == 2
 
 
 @pytest.mark.parametrize("habit", [twice, gradient_penalty])

@@ -21,7 +21,7 @@ from mpsrun.run.beside import Beside
 from mpsrun.run.executor import copy_all
 from mpsrun.run.forkjoin import SECOND_BACKWARD, Function, check_versions, keeps_graph, versions_of
 from mpsrun.run.keeping import Gathered, Keeper
-from mpsrun.run.layout import Gradients, TensorMeta, follow_gradients
+from mpsrun.run.layout import Gradients, TensorMeta
 from mpsrun.run.owing import Debt, laid_out_alike, may_owe, nodes_are_held
 from mpsrun.run.packing import Packing
 from mpsrun.run.plainrun import Generators, generators
@@ -138,11 +138,10 @@ class Body:
 
     def _follow(self, args: Sequence[Any]) -> Gradients:
         """Which results have gradients, and which arguments backward reads."""
-        metas = [TensorMeta.of(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
         if not self._args.wanted:
             return Gradients((), (), frozenset())
-        run = self._subject.plain.forward
-        return follow_gradients(lambda *values: _tensors(run(*values)), metas, modes.ambient(self._subject.kind))
+        metas = tuple(TensorMeta.of(arg) if isinstance(arg, torch.Tensor) else arg for arg in args)
+        return self._subject.gradients(metas, *self.settings[:2])
 
     def _forward_to_record(self) -> Callable[[], Any]:
         if self.is_packed:
