@@ -8,11 +8,10 @@ these segments.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -61,9 +60,7 @@ class Packing:
         def run() -> Any:
             self._events.clear()
             self._segments.clear()
-            with self._noting() as is_noted:
-                result = forward()
-            self._forward_was_noted = is_noted()
+            result, self._forward_was_noted = self._noting(forward)
             return result
 
         return run
@@ -72,9 +69,8 @@ class Packing:
         """The backward of what was watched."""
 
         def run() -> Any:
-            with self._noting() as is_noted:
-                result = backward()
-            self._is_complete = self._forward_was_noted and is_noted()
+            result, was_noted = self._noting(backward)
+            self._is_complete = self._forward_was_noted and was_noted
             return result
 
         return run
@@ -102,23 +98,21 @@ class Packing:
             if stream != main:
                 main.wait_stream(stream)
 
-    @contextlib.contextmanager
-    def _noting(self) -> Iterator[Callable[[], bool]]:
-        """What is done meanwhile is noted; gives a function that tells afterwards whether it was."""
-        was_noted = False
+    def _noting(self, function: Function) -> tuple[Any, bool]:
+        """What `function` returns, and whether its allocations were noted."""
         # A history that the script records stays as it is.
         if not _is_recorded() or torch._C._cuda_isHistoryEnabled():
-            yield lambda: was_noted
-            return
+            return function(), False
         torch.cuda.memory._record_memory_history("all", context=None, stacks="python")
         try:
-            yield lambda: was_noted
+            result = function()
             snapshot = torch.cuda.memory._snapshot()
         finally:
             torch.cuda.memory._record_memory_history(None)
-        was_noted = _cuts_any_size(snapshot.get("allocator_settings", {}))
-        if was_noted:
-            self._note(snapshot["device_traces"][torch.cuda.current_device()])
+        if not _cuts_any_size(snapshot.get("allocator_settings", {})):
+            return result, False
+        self._note(snapshot["device_traces"][torch.cuda.current_device()])
+        return result, True
 
     def _note(self, trace: Sequence[dict[str, Any]]) -> None:
         streams = {stream.cuda_stream for stream in recorded_streams(torch.cuda.current_stream().device)}

@@ -5,6 +5,7 @@ Whose recording it is, and when it serves, is decided in captured.py.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -149,7 +150,7 @@ class Body:
         return self.packing.watched(self._compute) if self.thrift.frees else self._compute
 
     def _backward_to_record(self, way: _Way) -> Callable[[], Gathered]:
-        backward = lambda: self._gathered(way)  # noqa: E731
+        backward = functools.partial(self._gathered, way)
         return self.packing.watched_backward(backward) if self.thrift.frees and not self.is_packed else backward
 
     def _compute(self) -> Sequence[Any]:
